@@ -1,0 +1,189 @@
+"""`make demo`: a real model folder is backed up, changed, lost, restored, damaged and found out.
+
+Every Outlast step goes through the real command line, shown as typed. Nothing is downloaded; the
+scratch folder `.demo/` is removed at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+SCRATCH = Path(__file__).resolve().parent.parent / ".demo"
+OUTLAST = Path(sys.executable).with_name("outlast")
+CORRUPT = 20
+LAYER = "encoder.layer.5."
+
+T = TypeVar("T")
+
+
+def say(text: str = "") -> None:
+    print(text, flush=True)
+
+
+def strong(text: str) -> str:
+    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text
+
+
+def title(text: str) -> None:
+    say()
+    say(strong(f"── {text} " + "─" * max(0, 76 - len(text))))
+
+
+def size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def course(losses: list[float]) -> str:
+    return " → ".join(f"{loss:.3f}" for loss in losses)
+
+
+def timed(work: Callable[[], T]) -> tuple[T, float]:
+    started = time.perf_counter()
+    outcome = work()
+    return outcome, time.perf_counter() - started
+
+
+def outlast(*arguments: str, lines_max: int = 0, expect: int = 0) -> float:
+    """Run a command as a person would, with its own output; the seconds it took.
+
+    With `lines_max` only so many lines of its output are shown.
+    """
+    say(strong("$ outlast " + " ".join(arguments)))
+    started = time.perf_counter()
+    pipe = subprocess.PIPE if lines_max else None
+    ran = subprocess.run([OUTLAST, *arguments], cwd=SCRATCH, text=True, stdout=pipe)
+    seconds = time.perf_counter() - started
+    if lines_max:
+        lines = ran.stdout.splitlines()
+        say("\n".join(lines[:lines_max]))
+        if len(lines) > lines_max:
+            say(f"  … and {len(lines) - lines_max} more lines")
+    say()
+    if ran.returncode != expect:
+        raise SystemExit(f"The demo failed: exit code {ran.returncode} instead of {expect}.")
+    return seconds
+
+
+def outlast_json(*arguments: str, expect: int = 0) -> Any:
+    """The same command line, for programs: what it prints with --json."""
+    ran = subprocess.run([OUTLAST, "--json", *arguments], cwd=SCRATCH, text=True, capture_output=True)
+    if ran.returncode != expect:
+        raise SystemExit(f"The demo failed: {arguments} gave exit code {ran.returncode}: {ran.stderr}")
+    return json.loads(ran.stdout)
+
+
+def fingerprint(folder: Path) -> dict[str, tuple[str, int, int]]:
+    """Hash of the content, mode and mtime (ns) of everything in a folder."""
+    found = {}
+    for path in sorted([folder, *folder.rglob("*")]):
+        status = path.stat()
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        found[str(path.relative_to(folder))] = (digest, status.st_mode, status.st_mtime_ns)
+    return found
+
+
+def bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def flip_one_byte(repository: Path) -> Path:
+    """Turn one bit round in the middle of the biggest pack, as a tired disk does."""
+    packs = (path for path in (repository / "packs").rglob("*") if path.is_file())
+    pack = max(packs, key=lambda path: path.stat().st_size)
+    pack.chmod(0o644)
+    with pack.open("r+b") as file:
+        file.seek(pack.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    return pack
+
+
+def demo() -> list[tuple[str, str, float]]:
+    """Tell the story; the rows of the table at its end: (what, how much, seconds)."""
+    os.environ["OUTLAST_REPO"] = str(SCRATCH / "repository")
+    model, rows = SCRATCH / "model", []
+
+    title("1. A real model, fine-tuned for a few steps")
+    from training import Trainer, bytes_changed  # imports torch: seconds, so not before the title
+
+    trainer = Trainer()
+    losses, seconds = timed(lambda: trainer.train(4))
+    trainer.save(model)
+    say(f"all-MiniLM-L6-v2, {trainer.parameters / 1e6:.1f} million parameters; loss {course(losses)}")
+    for path in sorted(model.rglob("*"), key=lambda path: -path.stat().st_size):
+        if path.is_file() and path.stat().st_size > 100_000:
+            say(f"  {size(path.stat().st_size):>10}  {path.relative_to(SCRATCH)}")
+    rows.append(("fine-tune, 4 steps", f"{trainer.parameters / 1e6:.1f} M parameters", seconds))
+
+    title("2. Back it up")
+    outlast("init")
+    seconds = outlast("backup", "model", "--name", "minilm")
+    say("The weights lie in both big files, and are stored once.")
+    first = outlast_json("snapshots")[-1]
+    stored = size(bytes_in(SCRATCH / "repository"))
+    rows.append(("first backup", f"{size(first['bytes'])}, stored in {stored}", seconds))
+
+    title(f"3. Train on with one layer ({LAYER[:-1]}), and back up again")
+    before = trainer.tensors()
+    trainer.freeze_all_but(LAYER)
+    losses = trainer.train(2)
+    changed = bytes_changed(before, trainer.tensors())
+    trainer.save(model)
+    say(f"loss {course(losses)}; {size(changed)} of weights and AdamW moments changed")
+    seconds = outlast("backup", "model", "--name", "minilm")
+    snapshots = {snapshot["id"]: snapshot for snapshot in outlast_json("snapshots")}
+    second = next(snapshot for snapshot in snapshots.values() if snapshot["id"] != first["id"])
+    ratio = second["bytes_added"] / changed
+    say(f"Changed: {size(changed)}. Added: {size(second['bytes_added'])}, {strong(f'{ratio:.3f}x')} of that.")
+    cost = f"{size(second['bytes_added'])} added for {size(changed)} changed"
+    rows.append(("one-layer backup", cost, seconds))
+    say()
+    outlast("show", second["id"], lines_max=16)
+    outlast("diff", first["id"], second["id"], lines_max=16)
+
+    title("4. Lose the folder, and get it back")
+    wanted = fingerprint(model)
+    say(strong("$ rm -r model"))
+    shutil.rmtree(model)
+    seconds = outlast("restore", "latest", "--to", "model")
+    if fingerprint(model) != wanted:
+        raise SystemExit("The demo failed: the restored folder is not what was lost.")
+    say(f"Compared: {len(wanted)} files and folders; every byte, mode and mtime is as it was.")
+    rows.append(("restore", f"{size(bytes_in(model))}, every byte compared", seconds))
+
+    title("5. Damage one bit of the repository, and let check find it")
+    pack = flip_one_byte(SCRATCH / "repository")
+    say(f"Flipped one bit in {pack.relative_to(SCRATCH)} ({size(pack.stat().st_size)})\n")
+    seconds = outlast("check", "--data", "all", expect=CORRUPT)
+    report = outlast_json("check", "--data", "all", expect=CORRUPT)
+    if report["ok"] or pack.name not in json.dumps(report["damaged"]):
+        raise SystemExit("The demo failed: check did not name the damaged pack.")
+    rows.append(("check of all data", f"{size(report['bytes_read'])} read, the bad pack named", seconds))
+    return rows
+
+
+def main() -> None:
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+    SCRATCH.mkdir()
+    try:
+        rows, seconds = timed(demo)
+    finally:
+        shutil.rmtree(SCRATCH, ignore_errors=True)
+    title("What happened")
+    for what, how_much, took in rows:
+        say(f"  {what:<20} {how_much:<44} {took:6.1f} s")
+    say(f"  {'all of it':<20} {'':<44} {seconds:6.1f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Outlast keeps AI work alive: verified backups and checkpoints, chunk by chunk."""

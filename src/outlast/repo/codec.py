@@ -1,0 +1,165 @@
+"""Plain bytes <-> encoded bytes of one chunk: raw, zstd, or byte planes + zstd.
+
+Floating-point weights hardly compress as they lie: the exponent byte, which is predictable, is
+drowned by mantissa bytes, which are noise. Splitting each element into planes puts the exponents
+side by side, where zstd's entropy coder halves them, and leaves the noise alone (the idea of
+ZipNN, arXiv 2411.05239).
+
+**Planes of an element of w bytes (w = 2, 4, 8, little-endian)**: its low half is one plane; the
+high half is split again in the same way until one byte is left. So w = 4 gives a 2-byte plane, a
+1-byte plane and the 1-byte top plane. Encoded form: one byte w, then for each plane, low to high,
+one byte (0 stored, 1 zstd frame) and its stored length (u32, little-endian), then the planes'
+stored bytes in the same order, then the `length % w` bytes that are left over at the end.
+
+A chunk is stored raw where the gain is below `GAIN_MIN`. Whatever a codec touched is decoded and
+compared with its source before it counts as encoded (a bug in a compression library has
+corrupted backups of others).
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Literal
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from outlast.errors import Corrupt
+
+RAW = 0
+ZSTD = 1
+PLANES = 2
+
+NAMES = {RAW: "raw", ZSTD: "zstd", PLANES: "planes+zstd"}
+
+Compression = Literal["auto", "none", "zstd"]
+
+GAIN_MIN = 0.05
+_SAMPLE_BYTES = 16 << 10
+_SMALL_BYTES = 256
+_LEVEL = 1
+_PLANE_HEAD = struct.Struct("<BI")
+
+
+def encode(plain: bytes | memoryview, item_bytes: int, compression: Compression) -> tuple[int, bytes | memoryview]:
+    """Choose and apply a codec: (codec, encoded bytes).
+
+    `item_bytes` is the width of the elements the chunk holds, 0 when it is not an array.
+    """
+    length = len(plain)
+    if compression == "none" or length < _SMALL_BYTES:
+        return RAW, plain
+    if compression == "auto" and item_bytes in (2, 4, 8):
+        encoded = _encode_planes(plain, item_bytes)
+        if encoded is not None:
+            return PLANES, encoded
+        return RAW, plain
+    if not _worth_trying(plain):
+        return RAW, plain
+    packed = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=False).compress(plain)
+    if len(packed) > length * (1 - GAIN_MIN):
+        return RAW, plain
+    if zstandard.ZstdDecompressor().decompress(packed, max_output_size=length) != plain:
+        return RAW, plain
+    return ZSTD, packed
+
+
+def decode(codec: int, encoded: bytes | memoryview, plain_bytes: int) -> bytes | memoryview:
+    """Undo `encode`. Never allocates more than `plain_bytes` and a constant; raises `Corrupt`."""
+    try:
+        if codec == RAW:
+            plain: bytes | memoryview = encoded
+        elif codec == ZSTD:
+            plain = _decompress(encoded, plain_bytes)
+        elif codec == PLANES:
+            plain = _decode_planes(memoryview(encoded), plain_bytes)
+        else:
+            raise Corrupt(f"codec {codec} is not known to this version.")
+    except (zstandard.ZstdError, struct.error, ValueError) as exc:
+        raise Corrupt(f"a {NAMES.get(codec, '?')} chunk does not decode: {exc}.") from exc
+    if len(plain) != plain_bytes:
+        raise Corrupt(f"a chunk decodes to {len(plain)} bytes instead of {plain_bytes}.")
+    return plain
+
+
+def _decompress(packed: bytes | memoryview, plain_bytes: int) -> bytes:
+    if zstandard.frame_content_size(packed) != plain_bytes:
+        raise Corrupt("a zstd frame does not hold as many bytes as it should.")
+    return zstandard.ZstdDecompressor().decompress(packed, max_output_size=plain_bytes)
+
+
+def _worth_trying(plain: bytes | memoryview) -> bool:
+    """Whether samples of the data compress at all; noise is told apart at a fraction of the cost."""
+    length = len(plain)
+    if length <= 4 * _SAMPLE_BYTES:
+        return True
+    compressor = zstandard.ZstdCompressor(level=_LEVEL)
+    starts = (0, (length - _SAMPLE_BYTES) // 2, length - _SAMPLE_BYTES)
+    packed = sum(len(compressor.compress(plain[start : start + _SAMPLE_BYTES])) for start in starts)
+    return packed < len(starts) * _SAMPLE_BYTES * (1 - GAIN_MIN / 2)
+
+
+def _plane_widths(item_bytes: int) -> list[int]:
+    widths = []
+    while item_bytes > 1:
+        item_bytes //= 2
+        widths.append(item_bytes)
+    return [*widths, 1]
+
+
+def _plane_views(elements: NDArray[np.uint8], item_bytes: int) -> list[NDArray[np.unsignedinteger]]:
+    """The planes of little-endian elements as strided views, low half first."""
+    views: list[NDArray[np.unsignedinteger]] = []
+    start = 0
+    for width in _plane_widths(item_bytes):
+        views.append(elements.view(f"<u{width}")[start // width :: item_bytes // width])
+        start += width
+    return views
+
+
+def _encode_planes(plain: bytes | memoryview, item_bytes: int) -> bytes | None:
+    """The plane form, or None where it saves too little."""
+    whole = len(plain) - len(plain) % item_bytes
+    elements = np.frombuffer(plain, np.uint8, count=whole)
+    compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=False)
+    heads: list[bytes] = []
+    planes: list[bytes | memoryview] = []
+    stored = 0
+    for view in _plane_views(elements, item_bytes):
+        plane = np.ascontiguousarray(view).data.cast("B") if whole else memoryview(b"")
+        packed = compressor.compress(plane) if whole and _worth_trying(plane) else None
+        if packed is not None and len(packed) <= len(plane) * (1 - GAIN_MIN):
+            heads.append(_PLANE_HEAD.pack(1, len(packed)))
+            planes.append(packed)
+        else:
+            heads.append(_PLANE_HEAD.pack(0, len(plane)))
+            planes.append(plane)
+        stored += len(planes[-1])
+    if stored > len(plain) * (1 - GAIN_MIN):
+        return None
+    encoded = b"".join([bytes([item_bytes]), *heads, *planes, plain[whole:]])
+    if not np.array_equal(
+        np.frombuffer(_decode_planes(memoryview(encoded), len(plain)), np.uint8),
+        np.frombuffer(plain, np.uint8),
+    ):
+        return None
+    return encoded
+
+
+def _decode_planes(encoded: memoryview, plain_bytes: int) -> memoryview:
+    item_bytes = encoded[0]
+    if item_bytes not in (2, 4, 8):
+        raise Corrupt(f"a plane chunk names an element width of {item_bytes} bytes.")
+    widths = _plane_widths(item_bytes)
+    whole = plain_bytes - plain_bytes % item_bytes
+    plain = np.empty(plain_bytes, np.uint8)
+    at = 1 + len(widths) * _PLANE_HEAD.size
+    for index, (width, view) in enumerate(zip(widths, _plane_views(plain[:whole], item_bytes), strict=True)):
+        form, stored_bytes = _PLANE_HEAD.unpack_from(encoded, 1 + index * _PLANE_HEAD.size)
+        stored = encoded[at : at + stored_bytes]
+        plane = _decompress(stored, whole // item_bytes * width) if form == 1 else stored
+        view[:] = np.frombuffer(plane, f"<u{width}")
+        at += stored_bytes
+    plain[whole:] = np.frombuffer(encoded[at:], np.uint8)
+    return plain.data

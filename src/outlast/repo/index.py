@@ -1,0 +1,197 @@
+"""Chunk id -> pack, offset, length: folded from pack footers.
+
+`index/<name>` segments hold the folded footers of many packs, so that opening reads a few objects
+instead of one footer per pack. They are derived: a damaged or missing one costs time, never data.
+
+    segment   magic "OUTLINDX", version u32, length of the header u32, header (JSON: packs), records (56 B each):
+              chunk id 32 B, pack number u32, offset u64, stored bytes u32, plain bytes u32, codec u8, 3 zero bytes
+    name      BLAKE3 of the segment in hex, keyed with the id key in an encrypted repository
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+
+import blake3
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from outlast import records
+from outlast.errors import Corrupt
+from outlast.repo.pack import CHUNK_BYTES_MAX, Footer
+from outlast.repo.seal import Keys
+
+_HEAD = struct.Struct("<8sII")
+_MAGIC = b"OUTLINDX"
+_RECORD = np.dtype(
+    [
+        ("id", "V32"),
+        ("pack", "<u4"),
+        ("offset", "<u8"),
+        ("stored", "<u4"),
+        ("plain", "<u4"),
+        ("codec", "u1"),
+        ("pad", "V3"),
+    ]
+)
+
+
+class IndexedPack(msgspec.Struct, frozen=True):
+    """What a reader must know of a pack beside its chunks."""
+
+    name: str
+    epoch: int
+    encrypted: bool
+    salt: str
+
+
+class _SegmentHeader(msgspec.Struct, frozen=True):
+    packs: list[IndexedPack]
+    records: int
+
+
+class Location(msgspec.Struct, frozen=True):
+    """Where a chunk lies."""
+
+    pack: IndexedPack
+    offset: int
+    stored_bytes: int
+    plain_bytes: int
+    codec: int
+
+
+class Index:
+    """All chunks of all known packs, in memory: 56 bytes a chunk, plus those of this process.
+
+    Looking up is safe from any thread; adding is for one thread at a time.
+    """
+
+    def __init__(self) -> None:
+        self._packs: list[IndexedPack] = []
+        self._known: set[str] = set()
+        self._records = np.empty(0, _RECORD)
+        self._prefixes = memoryview(b"").cast("Q")
+        self._unsorted: list[NDArray[np.void]] = []
+        self._recent: dict[bytes, Location] = {}
+
+    def __len__(self) -> int:
+        return len(self._records) + sum(map(len, self._unsorted)) + len(self._recent)
+
+    @property
+    def packs(self) -> set[str]:
+        return self._known
+
+    def add(self, footers: Iterable[Footer]) -> None:
+        """Fold the footers of packs that the index doesn't know yet."""
+        for footer in footers:
+            if footer.name in self._known:
+                continue
+            rows = np.zeros(len(footer.records), _RECORD)
+            for field in ("id", "offset", "stored", "plain", "codec"):
+                rows[field] = footer.records[field]
+            self._add_rows([IndexedPack(footer.name, footer.epoch, footer.encrypted, footer.salt.hex())], rows)
+
+    def add_recent(self, footer: Footer) -> None:
+        """Fold a pack that this process has just made, without sorting everything anew."""
+        pack = IndexedPack(footer.name, footer.epoch, footer.encrypted, footer.salt.hex())
+        self._known.add(pack.name)
+        for row in footer.records:
+            self._recent[row["id"].tobytes()] = Location(
+                pack, int(row["offset"]), int(row["stored"]), int(row["plain"]), int(row["codec"])
+            )
+
+    def _add_rows(self, packs: Sequence[IndexedPack], rows: NDArray[np.void]) -> None:
+        rows["pack"] += len(self._packs)
+        self._packs.extend(packs)
+        self._known.update(pack.name for pack in packs)
+        self._unsorted.append(rows)
+
+    def sort(self) -> None:
+        """Make what was added findable; call once after a series of `add`."""
+        if not self._unsorted:
+            return
+        merged = np.concatenate([self._records, *self._unsorted])
+        prefixes = np.frombuffer(merged["id"].tobytes(), ">u8")[::4].astype(np.uint64)
+        order = np.argsort(prefixes, kind="stable")
+        self._records = merged[order]
+        self._prefixes = np.ascontiguousarray(prefixes[order]).data.cast("B").cast("Q")
+        self._unsorted = []
+
+    def get(self, chunk: bytes) -> Location | None:
+        """Where the chunk lies, or None. Of several copies the last one added counts."""
+        recent = self._recent.get(chunk)
+        if recent is not None:
+            return recent
+        found = None
+        prefixes, prefix = self._prefixes, int.from_bytes(chunk[:8], "big")
+        low, high = 0, len(prefixes)
+        while low < high:
+            middle = (low + high) // 2
+            if prefixes[middle] < prefix:
+                low = middle + 1
+            else:
+                high = middle
+        while low < len(prefixes) and prefixes[low] == prefix:
+            row = self._records[low]
+            if row["id"].tobytes() == chunk:
+                found = row
+            low += 1
+        if found is None:
+            return None
+        pack = self._packs[int(found["pack"])]
+        return Location(pack, int(found["offset"]), int(found["stored"]), int(found["plain"]), int(found["codec"]))
+
+    def forget_pack(self, name: str) -> None:
+        """Drop a pack that turned out to be missing or damaged, so that nothing relies on it."""
+        self.sort()
+        keep = np.array([pack.name != name for pack in self._packs], bool)
+        if len(self._records):
+            rows = keep[self._records["pack"]]
+            prefixes = np.frombuffer(self._prefixes, np.uint64)[rows]
+            self._records = self._records[rows]
+            self._prefixes = np.ascontiguousarray(prefixes).data.cast("B").cast("Q")
+        self._recent = {chunk: location for chunk, location in self._recent.items() if location.pack.name != name}
+
+    def add_segment(self, data: bytes, name: str, keys: Keys | None) -> None:
+        """Fold a segment. Raises `Corrupt`, having changed nothing, when it isn't what its name says."""
+        if segment_name(data, keys) != name:
+            raise Corrupt(f"index segment {name[:16]} does not have the hash that its name promises.")
+        magic, version, header_bytes = _HEAD.unpack_from(data)
+        if magic != _MAGIC or version != 1 or _HEAD.size + header_bytes > len(data):
+            raise Corrupt(f"index segment {name[:16]} is not one that this version can read.")
+        body = _HEAD.size + header_bytes
+        header = records.parse(data[_HEAD.size : body], _SegmentHeader, f"index segment {name[:16]}")
+        if header.records * _RECORD.itemsize != len(data) - body:
+            raise Corrupt(f"index segment {name[:16]} has not the length that it says.")
+        rows = np.frombuffer(data, _RECORD, offset=body).copy()
+        if len(rows) and (int(rows["pack"].max()) >= len(header.packs) or int(rows["plain"].max()) > CHUNK_BYTES_MAX):
+            raise Corrupt(f"index segment {name[:16]} names packs that it does not list.")
+        unknown = np.array([pack.name not in self._known for pack in header.packs], bool)
+        if not unknown.any():
+            return
+        renumber = np.cumsum(unknown) - 1
+        rows = rows[unknown[rows["pack"]]]
+        rows["pack"] = renumber[rows["pack"]]
+        self._add_rows([pack for pack, new in zip(header.packs, unknown, strict=True) if new], rows)
+
+
+def build_segment(footers: Sequence[Footer]) -> bytes:
+    """The segment of these packs."""
+    packs = [IndexedPack(footer.name, footer.epoch, footer.encrypted, footer.salt.hex()) for footer in footers]
+    rows = np.zeros(sum(len(footer.records) for footer in footers), _RECORD)
+    at = 0
+    for number, footer in enumerate(footers):
+        part = rows[at : at + len(footer.records)]
+        for field in ("id", "offset", "stored", "plain", "codec"):
+            part[field] = footer.records[field]
+        part["pack"] = number
+        at += len(footer.records)
+    header = records.canonical(_SegmentHeader(packs, len(rows)))
+    return _HEAD.pack(_MAGIC, 1, len(header)) + header + rows.tobytes()
+
+
+def segment_name(data: bytes, keys: Keys | None) -> str:
+    """The name under `index/` that authenticates a segment."""
+    return (blake3.blake3(data, key=keys.id_key) if keys else blake3.blake3(data)).hexdigest()

@@ -1,0 +1,241 @@
+"""The log: numbered, hash-chained entries, each created by one create-if-absent write.
+
+Creating the entry is the commit; before it there is only garbage. Whatever a store answers to that
+write (412, 409, a time-out, nothing at all), one rule decides: **read the entry back**. Our own
+write id there means success, another's means that we lost this number and take the next one,
+absence means that nothing happened and we may try again.
+
+Folding the entries in order gives the `State`. `state/<seq>` objects hold it as of an entry, so
+that opening doesn't read the whole log; they are derived and can be deleted without loss.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+
+from outlast import records
+from outlast.clock import Clock
+from outlast.errors import Corrupt, Exists, NotFound, OutlastError, Unavailable
+from outlast.events import Event, EventSink
+from outlast.records import LogEntry, PackRef, Snapshot
+from outlast.repo import seal
+from outlast.repo.seal import Keys
+from outlast.store.base import ObjectStore
+
+ENTRY_BYTES_MAX = 256 << 20
+STATE_EVERY = 64
+_APPEND_TRIES = 10
+
+SNAPSHOT = "snapshot"
+PACKS = "packs"
+
+
+class State(msgspec.Struct):
+    """What the log says, as of entry `seq`. `head_hash` is what the next entry chains to."""
+
+    seq: int
+    head_hash: str
+    snapshots: dict[str, Snapshot] = {}
+    packs: dict[str, PackRef] = {}
+
+    def apply(self, entry: LogEntry, entry_hash: str) -> None:
+        """Fold one entry. Kinds this version doesn't know change nothing here."""
+        if entry.kind in (SNAPSHOT, PACKS):
+            for fields in entry.body.get("packs", []):
+                pack = _convert(fields, PackRef, entry)
+                self.packs[pack.name] = pack
+        if entry.kind == SNAPSHOT:
+            snapshot = _convert(entry.body.get("snapshot"), Snapshot, entry)
+            self.snapshots[snapshot.id] = snapshot
+        self.seq = entry.seq
+        self.head_hash = entry_hash
+
+
+def _convert(fields: Any, kind: type[msgspec.Struct], entry: LogEntry) -> Any:
+    try:
+        return msgspec.convert(fields, kind)
+    except msgspec.ValidationError as exc:
+        raise Corrupt(f"log entry {entry.seq} ({entry.kind}) can't be read: {exc}.") from exc
+
+
+def entry_name(seq: int) -> str:
+    return f"log/{seq:020d}"
+
+
+class Log:
+    """The entries of one repository and the state they fold to. Not for use by several threads."""
+
+    def __init__(self, store: ObjectStore, keys: Keys | None, anchor: str, clock: Clock, sink: EventSink) -> None:
+        self._store = store
+        self._keys = keys
+        self._anchor = anchor
+        self._clock = clock
+        self._sink = sink
+        self._state_seq = 0
+        self.state = State(0, anchor)
+
+    def load(self) -> None:
+        """Read the newest usable state and every entry after it."""
+        self.state = self._newest_state() or State(0, self._anchor)
+        self._state_seq = self.state.seq
+        self.refresh()
+
+    def refresh(self) -> list[LogEntry]:
+        """Fold what others committed since; returns the new entries.
+
+        A listing may lag behind, so reading goes on past it until a number is really absent.
+        """
+        fresh: list[LogEntry] = []
+        names = [info.name for info in self._store.list("log/", after=entry_name(self.state.seq))]
+        for data in self._read_many(names):
+            fresh.append(self._fold(data))
+        while True:
+            try:
+                fresh.append(self._fold(self._store.get(entry_name(self.state.seq + 1))))
+            except NotFound:
+                return fresh
+
+    def _read_many(self, names: list[str]) -> Iterator[bytes]:
+        if len(names) < 8:
+            yield from map(self._store.get, names)
+            return
+        with ThreadPoolExecutor(self._store.capabilities.concurrency) as pool:
+            yield from pool.map(self._store.get, names)
+
+    def _fold(self, data: bytes) -> LogEntry:
+        entry = self.parse(data, self.state.seq + 1)
+        if entry.prev_hash != self.state.head_hash:
+            raise Corrupt(
+                f"log entry {entry.seq} does not chain to the entry before it: one of the two was changed.",
+                hint="Run `outlast check`; every snapshot of the entries before it is still there.",
+            )
+        self.state.apply(entry, seal.digest(data).hex())
+        return entry
+
+    def parse(self, data: bytes, seq: int) -> LogEntry:
+        """Decode the stored bytes of entry `seq`; `Corrupt` names it."""
+        name = entry_name(seq)
+        try:
+            if self._keys is not None:
+                data = seal.open_object(self._keys, name, data)
+            entry = records.parse(data, LogEntry, f"log entry {seq}")
+        except Corrupt as exc:
+            raise Corrupt(
+                exc.message, hint="Copy this object back from a replica; it is small and never changes."
+            ) from exc
+        if entry.seq != seq:
+            raise Corrupt(f"{name} holds entry {entry.seq}: objects of the log were swapped.")
+        return entry
+
+    def entries(self) -> Iterator[tuple[LogEntry, str]]:
+        """Every entry from the first, with the hash of its stored bytes; no state is trusted."""
+        for seq in range(1, self.state.seq + 1):
+            try:
+                data = self._store.get(entry_name(seq))
+            except NotFound as exc:
+                raise Corrupt(f"log entry {seq} is missing; later entries exist.") from exc
+            yield self.parse(data, seq), seal.digest(data).hex()
+
+    def append(self, kind: str, make_body: Callable[[State], dict[str, Any]]) -> LogEntry:
+        """Commit an entry. `make_body` is asked again with the new state each time another got in first.
+
+        Raises `Unavailable` when the store stays out of reach; then nothing is known to be committed,
+        and an entry with our write id, should it appear, is whole.
+        """
+        write_id = self._clock.random_bytes(16).hex()
+        failure: OutlastError | None = None
+        for attempt in range(_APPEND_TRIES):
+            entry = self._entry(kind, make_body(self.state), write_id)
+            name, data = entry_name(entry.seq), self._encode(entry)
+            try:
+                self._store.put_if_absent(name, [data])
+            except (Exists, Unavailable) as exc:
+                if isinstance(exc, Unavailable) and not exc.retryable:
+                    raise
+                failure = exc
+                # Our entry may be there already (a lost reply), or land while we look: every entry
+                # that appears from here on is compared by write id, so it is never committed twice.
+                for other in self.refresh():
+                    if other.write_id == write_id:
+                        return other
+                self._clock.sleep(0.02 * 2**attempt * (1 + self._clock.random_bytes(1)[0] / 256))
+                continue
+            self.state.apply(entry, seal.digest(data).hex())
+            return entry
+        assert failure is not None
+        raise Unavailable(
+            f"the commit was not accepted after {_APPEND_TRIES} tries: {failure.message}",
+            hint="Nothing was lost: what was uploaded is kept. Run the command again.",
+        ) from failure
+
+    def _entry(self, kind: str, body: dict[str, Any], write_id: str) -> LogEntry:
+        return LogEntry(
+            seq=self.state.seq + 1,
+            write_id=write_id,
+            prev_hash=self.state.head_hash,
+            time=records.time_text(self._clock.now_ns()),
+            actor=_actor(),
+            kind=kind,
+            body=body,
+        )
+
+    def _encode(self, entry: LogEntry) -> bytes:
+        data = records.canonical(entry)
+        if self._keys is None:
+            return data + b"\n"
+        return seal.seal_object(self._keys, entry_name(entry.seq), data, self._clock.random_bytes(seal.SALT_BYTES))
+
+    def save_state(self) -> None:
+        """Write `state/<seq>` when enough entries came since the last one. Failing to is no failure."""
+        if self.state.seq - self._state_seq < STATE_EVERY:
+            return
+        name = f"state/{self.state.seq:020d}"
+        data = records.canonical(self.state)
+        data = seal.digest(data).hex().encode() + b"\n" + data
+        if self._keys is not None:
+            data = seal.seal_object(self._keys, name, data, self._clock.random_bytes(seal.SALT_BYTES))
+        try:
+            self._store.put_if_absent(name, [data])
+        except OutlastError as exc:
+            self._sink.event(Event("state.not_written", f"{name} was not written: {exc.message}"))
+        self._state_seq = self.state.seq
+
+    def _newest_state(self) -> State | None:
+        for info in sorted(self._store.list("state/"), key=lambda info: info.name, reverse=True):
+            try:
+                return self._read_state(info.name)
+            except (Corrupt, NotFound) as exc:
+                self._sink.event(
+                    Event(
+                        "state.ignored",
+                        f"{info.name} is not usable and is ignored; the log has it all: {exc}",
+                    )
+                )
+        return None
+
+    def _read_state(self, name: str) -> State:
+        data = self._store.get(name)
+        if self._keys is not None:
+            data = seal.open_object(self._keys, name, data)
+        hashed, _, body = data.partition(b"\n")
+        if seal.digest(body).hex().encode() != hashed:
+            raise Corrupt(f"{name} does not have the hash it names.")
+        state = records.parse(body, State, name)
+        if seal.digest(self._store.get(entry_name(state.seq))).hex() != state.head_hash:
+            raise Corrupt(f"{name} does not belong to this log.")
+        return state
+
+
+def _actor() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"

@@ -1,0 +1,139 @@
+"""Fetch many chunks: grouped by pack, neighbours in one range, in parallel, each one verified."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from outlast.errors import Corrupt, NotFound, OutlastError
+from outlast.repo.index import Location
+
+if TYPE_CHECKING:
+    from outlast.repo.repository import Repository
+
+RANGE_BYTES = 8 << 20
+GAP_BYTES = 128 << 10
+_PLAIN_BYTES_IN_FLIGHT = 128 << 20
+
+Deliver = Callable[[bytes, "bytes | memoryview"], None]
+Failed = Callable[[bytes, OutlastError], None]
+
+
+class Fetched(msgspec.Struct):
+    """What a fetch cost: chunks delivered, bytes read from the store."""
+
+    chunks: int = 0
+    bytes: int = 0
+
+
+class _Range(msgspec.Struct):
+    pack: str
+    start: int
+    end: int
+    chunks: list[tuple[bytes, Location]]
+
+
+def fetch(repository: Repository, chunks: Iterable[bytes], deliver: Deliver, failed: Failed | None) -> Fetched:
+    """Call `deliver(id, plain)` once for each distinct chunk, from several threads, in no fixed order.
+
+    A chunk that can't be had goes to `failed(id, error)`; without `failed` the first such error is
+    raised, after what is under way has ended. An error raised by `deliver` ends the fetch likewise.
+    """
+    total = Fetched()
+
+    def run(part: _Range) -> Fetched:
+        return _fetch_range(repository, part, deliver, failed)
+
+    ranges = _ranges(repository, chunks, failed)
+    workers = max(2, min(8, repository.store.capabilities.concurrency))
+    in_flight = max(workers, min(2 * workers, _PLAIN_BYTES_IN_FLIGHT // (2 * RANGE_BYTES)))
+    with ThreadPoolExecutor(workers, thread_name_prefix="fetch") as pool:
+        pending: set[Future[Fetched]] = {pool.submit(run, part) for part in islice(ranges, in_flight)}
+        try:
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    result = future.result()
+                    total.chunks += result.chunks
+                    total.bytes += result.bytes
+                pending |= {pool.submit(run, part) for part in islice(ranges, len(done))}
+        finally:
+            for future in pending:
+                future.cancel()
+    return total
+
+
+def _ranges(repository: Repository, chunks: Iterable[bytes], failed: Failed | None) -> Iterator[_Range]:
+    """Neighbouring chunks joined: gaps up to `GAP_BYTES` are cheaper to read than to skip."""
+    located: dict[bytes, Location] = {}
+    for chunk in chunks:
+        if chunk in located:
+            continue
+        try:
+            located[chunk] = repository.locate(chunk)
+        except Corrupt as exc:
+            if failed is None:
+                raise
+            failed(chunk, exc)
+    ordered = sorted(located.items(), key=lambda item: (item[1].pack.name, item[1].offset))
+    current: _Range | None = None
+    for chunk, location in ordered:
+        end = location.offset + location.stored_bytes
+        if (
+            current is not None
+            and current.pack == location.pack.name
+            and location.offset - current.end <= GAP_BYTES
+            and end - current.start <= RANGE_BYTES
+        ):
+            current.end = max(current.end, end)
+            current.chunks.append((chunk, location))
+            continue
+        if current is not None:
+            yield current
+        current = _Range(location.pack.name, location.offset, end, [(chunk, location)])
+    if current is not None:
+        yield current
+
+
+def _fetch_range(repository: Repository, part: _Range, deliver: Deliver, failed: Failed | None) -> Fetched:
+    name = f"packs/{part.pack[:2]}/{part.pack}"
+    try:
+        [data] = repository.store.get_ranges(name, [(part.start, part.end - part.start)])
+    except (NotFound, Corrupt) as exc:
+        lost = Corrupt(f"pack {part.pack[:16]} is missing or cut short: {exc.message}", hint=f"The object is {name}.")
+        return _one_by_one(repository, part, deliver, failed, lost)
+    view = memoryview(data)
+    for chunk, location in part.chunks:
+        at = location.offset - part.start
+        try:
+            plain = repository.open_chunk(chunk, location, view[at : at + location.stored_bytes])
+        except OutlastError as exc:
+            if failed is None:
+                raise
+            failed(chunk, exc)
+            continue
+        deliver(chunk, plain)
+    return Fetched(len(part.chunks), part.end - part.start)
+
+
+def _one_by_one(
+    repository: Repository, part: _Range, deliver: Deliver, failed: Failed | None, lost: Corrupt
+) -> Fetched:
+    """A pack cut short may still hold the front part of the range."""
+    if failed is None:
+        raise lost
+    total = Fetched()
+    for chunk, location in part.chunks:
+        try:
+            plain = repository.get_chunk(chunk)
+        except OutlastError as exc:
+            failed(chunk, exc)
+            continue
+        deliver(chunk, plain)
+        total.chunks += 1
+        total.bytes += location.stored_bytes
+    return total

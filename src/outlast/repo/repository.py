@@ -1,0 +1,430 @@
+"""The content-addressed repository: create, open, read chunks, list snapshots. The deep module.
+
+Writing goes through `repository.writer()` (see `write.py`), bulk reading through
+`repository.fetch()` (see `read.py`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import msgspec
+
+from outlast import records
+from outlast.clock import SYSTEM_CLOCK, Clock
+from outlast.errors import (
+    Corrupt,
+    Exists,
+    InvalidInput,
+    NoRepository,
+    NotFound,
+    OutlastError,
+    Refused,
+    WrongKey,
+)
+from outlast.events import NULL_SINK, Event, EventSink
+from outlast.records import FORMAT_VERSION, Chunking, ChunkRef, Encryption, Entry, Format, PackRef, Snapshot
+from outlast.repo import codec, pack, seal
+from outlast.repo.index import Index, IndexedPack, Location
+from outlast.repo.log import Log, State
+from outlast.repo.pack import Footer
+from outlast.repo.read import Fetched, fetch
+from outlast.repo.seal import ChunkSealer, Keys
+from outlast.repo.write import Writer
+from outlast.store.base import ObjectStore
+
+FEATURES: list[str] = []
+"""Mandatory features this version knows beyond format version 1: none yet."""
+
+PACK_BYTES = 64 << 20
+_FORMAT_BYTES_MAX = 1 << 20
+_SLOTS_MAX = 64
+_ID_CHARACTERS_MIN = 4
+
+Secret = Callable[[], bytes]
+"""Gives the passphrase when it is needed; called at most once per open."""
+
+
+def pack_name(name: str) -> str:
+    """The object that holds a pack."""
+    return f"packs/{name[:2]}/{name}"
+
+
+class Repository:
+    """An open repository.
+
+    One thread at a time, except `get_chunk`, `knows` and what `writer` and `fetch` do inside.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        form: Format,
+        keys: Keys | None,
+        anchor: str,
+        clock: Clock,
+        sink: EventSink,
+    ) -> None:
+        self.store = store
+        self.format = form
+        self.keys = keys
+        self.clock = clock
+        self.sink = sink
+        self.log = Log(store, keys, anchor, clock, sink)
+        self.index = Index()
+        self.uncovered: list[Footer] = []
+        """footers of known packs that no index segment covers"""
+        self._indexed = False
+        self._present: dict[str, bool] = {}
+        self._sealers: dict[str, ChunkSealer] = {}
+        self._lock = threading.Lock()
+
+    # -- create and open -------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        store: ObjectStore,
+        *,
+        secret: Secret | None = None,
+        compression: Literal["auto", "none", "zstd"] = "auto",
+        chunking: Chunking | None = None,
+        pack_bytes: int = PACK_BYTES,
+        clock: Clock = SYSTEM_CLOCK,
+        sink: EventSink = NULL_SINK,
+    ) -> Repository:
+        """Make a repository; encrypted when `secret` is given. Raises `Refused` where one exists.
+
+        The key slot is written first and `format` last: its creation is the creation of the
+        repository, and of two that try at once exactly one wins.
+        """
+        if _get_or_none(store, "format") is not None:
+            raise Refused(f"{store.url} holds a repository already; nothing was changed.")
+        created = records.time_text(clock.now_ns())
+        repository_id = clock.random_bytes(16)
+        keys = None
+        if secret is not None:
+            passphrase = secret()
+            if not passphrase:
+                raise InvalidInput("the passphrase is empty; nothing was made.")
+            keys = seal.new_keys(repository_id, clock.random_bytes(2 * seal.KEY_BYTES))
+            slot = seal.wrap_keys(keys, passphrase, clock.random_bytes(seal.SALT_BYTES), created)
+            store.put_if_absent(f"keys/{clock.random_bytes(16).hex()}", [records.canonical(slot)])
+        form = Format(
+            magic="outlast repository",
+            version=FORMAT_VERSION,
+            id=repository_id.hex(),
+            created=created,
+            features=FEATURES,
+            chunking=chunking or Chunking(seed=int.from_bytes(clock.random_bytes(4), "big") if keys else 0),
+            compression=compression,
+            pack_bytes=pack_bytes,
+            encryption=Encryption() if keys else None,
+        )
+        data = records.canonical(form) + b"\n"
+        try:
+            store.put_if_absent("format", [data])
+        except Exists as exc:
+            raise Refused(f"{store.url} holds a repository already; nothing was changed.") from exc
+        return cls(store, form, keys, seal.digest(data).hex(), clock, sink)
+
+    @classmethod
+    def open(
+        cls,
+        store: ObjectStore,
+        *,
+        secret: Secret | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+        sink: EventSink = NULL_SINK,
+    ) -> Repository:
+        """Open a repository and read its log.
+
+        Raises `NoRepository`, `WrongKey`, `Refused` (a newer format), `Corrupt` or `Unavailable`.
+        """
+        data = _get_or_none(store, "format")
+        if data is None:
+            raise NoRepository(f"there is no repository at {store.url}.", hint="Make one with `outlast init`.")
+        form = _parse_format(data, store.url)
+        keys = _open_keys(store, form, secret) if form.encryption else None
+        repository = cls(store, form, keys, seal.digest(data).hex(), clock, sink)
+        repository.log.load()
+        return repository
+
+    # -- snapshots -------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        return self.log.state
+
+    def snapshots(self) -> list[Snapshot]:
+        """Every committed snapshot, in the order of commit."""
+        return list(self.state.snapshots.values())
+
+    def find_snapshot(self, reference: str, name: str | None = None) -> Snapshot:
+        """The snapshot whose id begins with `reference`, or the newest one for `latest`.
+
+        Raises `NotFound` or, when several fit, `InvalidInput`.
+        """
+        candidates = [snapshot for snapshot in self.snapshots() if name is None or snapshot.name == name]
+        if reference == "latest":
+            if not candidates:
+                what = f"named {name}" if name else "in this repository"
+                raise NotFound(f"there is no snapshot {what} yet.", hint="Make one with `outlast backup`.")
+            return candidates[-1]
+        found = [snapshot for snapshot in candidates if snapshot.id.startswith(reference)]
+        if len(reference) < _ID_CHARACTERS_MIN or not found:
+            raise NotFound(f"no snapshot has the id {reference!r}.", hint="`outlast snapshots` lists them.")
+        if len(found) > 1:
+            raise InvalidInput(
+                f"{reference!r} fits {len(found)} snapshots: {', '.join(item.id[:12] for item in found[:5])}.",
+                hint="Give more characters of the id.",
+            )
+        return found[0]
+
+    def entries(self, snapshot: Snapshot) -> Iterator[Entry]:
+        """The manifest's entries in `path_order`, streamed: a manifest may be larger than memory."""
+        rest = b""
+        for chunk, _ in snapshot.manifest:
+            lines = (rest + bytes(self.get_chunk(bytes.fromhex(chunk)))).split(b"\n")
+            rest = lines.pop()
+            for line in lines:
+                yield _entry_decoder.decode(line)
+        if rest:
+            raise Corrupt(f"the manifest of snapshot {snapshot.id[:12]} ends in the middle of a line.")
+
+    # -- chunks ----------------------------------------------------------------------------------
+
+    def load_index(self) -> Index:
+        """Fold segments, and the footers of packs that no segment covers. Idempotent and cheap when done.
+
+        A damaged segment is ignored; a damaged footer leaves its pack's chunks unknown. Both are
+        told as events: what needs those chunks will name them.
+        """
+        wanted = self.state.packs
+        if not self._indexed:
+            for info in self.store.list("index/"):
+                name = info.name.removeprefix("index/")
+                try:
+                    self.index.add_segment(self.store.get(info.name), name, self.keys)
+                except (Corrupt, NotFound) as exc:
+                    self.sink.event(
+                        Event("index.ignored", f"{exc} It is rebuilt from the packs.", {"object": info.name})
+                    )
+        missing = [ref for name, ref in wanted.items() if name not in self.index.packs]
+        footers = [footer for footer in self._read_many(missing) if footer is not None]
+        self.index.add(footers)
+        self.uncovered.extend(footers)
+        self.index.sort()
+        self._indexed = True
+        return self.index
+
+    def _read_many(self, refs: list[PackRef]) -> list[Footer | None]:
+        if len(refs) < 8:
+            return [self._footer_or_none(ref) for ref in refs]
+        with ThreadPoolExecutor(self.store.capabilities.concurrency) as threads:
+            return list(threads.map(self._footer_or_none, refs))
+
+    def _footer_or_none(self, ref: PackRef) -> Footer | None:
+        try:
+            return self.read_footer(ref)
+        except (Corrupt, NotFound) as exc:
+            self.sink.event(Event("pack.damaged", str(exc), {"object": pack_name(ref.name)}))
+            return None
+
+    def read_footer(self, ref: PackRef) -> Footer:
+        """The verified footer of a pack, read from its end."""
+        name = pack_name(ref.name)
+        guess = min(ref.bytes, ref.chunks * pack.RECORD.itemsize + pack.TRAILER.size)
+        [tail] = self.store.get_ranges(name, [(ref.bytes - guess, guess)])
+        needed = pack.footer_bytes(tail, ref.name, ref.bytes)
+        if needed > len(tail):
+            [tail] = self.store.get_ranges(name, [(ref.bytes - needed, needed)])
+        return pack.parse_footer(tail, ref.name, ref.bytes)
+
+    def locate(self, chunk: bytes) -> Location:
+        """Where a chunk lies. Raises `Corrupt` when no pack that can be read holds it."""
+        location = self.load_index().get(chunk) if not self._indexed else self.index.get(chunk)
+        if location is None:
+            raise Corrupt(
+                f"chunk {chunk.hex()[:16]} is in no readable pack of {self.store.url}.",
+                hint="Run `outlast check` to see which packs are damaged and which snapshots are affected.",
+            )
+        return location
+
+    def knows(self, chunk: bytes) -> bool:
+        """Whether new work may rely on the repository having this chunk.
+
+        Existence is not integrity: the pack's size is checked, once per pack and process.
+        """
+        location = self.index.get(chunk)
+        if location is None:
+            return False
+        name = location.pack.name
+        present = self._present.get(name)
+        if present is None:
+            present = self._pack_is_whole(name)
+            with self._lock:
+                self._present[name] = present
+        return present
+
+    def _pack_is_whole(self, name: str) -> bool:
+        ref = self.state.packs.get(name)
+        if ref is None:
+            return True  # made by this process, durable, not committed yet
+        try:
+            size = self.store.stat(pack_name(name)).size_bytes
+        except NotFound:
+            size = -1
+        if size == ref.bytes:
+            return True
+        found = "is missing" if size < 0 else f"has {size} bytes instead of {ref.bytes}"
+        self.sink.event(
+            Event(
+                "pack.damaged",
+                f"pack {name[:16]} {found}; its chunks are stored again.",
+                {"object": pack_name(name)},
+            )
+        )
+        return False
+
+    def get_chunk(self, chunk: bytes) -> bytes | memoryview:
+        """The verified plain bytes of a chunk."""
+        location = self.locate(chunk)
+        [stored] = self.store.get_ranges(pack_name(location.pack.name), [(location.offset, location.stored_bytes)])
+        return self.open_chunk(chunk, location, stored)
+
+    def open_chunk(self, chunk: bytes, location: Location, stored: bytes | memoryview) -> bytes | memoryview:
+        """Stored bytes -> plain bytes; `Corrupt` unless they hash to the chunk's id."""
+        try:
+            encoded: bytes | memoryview = stored
+            if location.pack.encrypted:
+                encoded = self._sealer(location.pack).open(
+                    stored, chunk, location.codec, location.plain_bytes, location.offset
+                )
+            plain = codec.decode(location.codec, encoded, location.plain_bytes)
+            if seal.chunk_id(plain, self.keys) != chunk:
+                raise Corrupt(f"chunk {chunk.hex()[:16]} does not have the bytes that its id promises.")
+        except Corrupt as exc:
+            raise Corrupt(
+                f"pack {location.pack.name[:16]} is damaged at offset {location.offset}: {exc.message}",
+                hint=f"The object is {pack_name(location.pack.name)}. `outlast check --data all` names all affected.",
+            ) from exc
+        return plain
+
+    def _sealer(self, of: IndexedPack) -> ChunkSealer:
+        sealer = self._sealers.get(of.name)
+        if sealer is None:
+            if self.keys is None:
+                raise Corrupt(f"pack {of.name[:16]} is encrypted, but the repository is not.")
+            sealer = ChunkSealer(self.keys, of.epoch, bytes.fromhex(of.salt))
+            self._sealers[of.name] = sealer
+        return sealer
+
+    def fetch(
+        self,
+        chunks: Iterable[bytes],
+        deliver: Callable[[bytes, bytes | memoryview], None],
+        failed: Callable[[bytes, OutlastError], None] | None = None,
+    ) -> Fetched:
+        """Read many chunks in parallel; see `read.fetch`."""
+        self.load_index()
+        return fetch(self, chunks, deliver, failed)
+
+    def writer(self) -> Writer:
+        """Begin storing chunks; see `Writer`."""
+        self.load_index()
+        return Writer(self)
+
+
+_entry_decoder = msgspec.json.Decoder(Entry)
+
+
+def content_reader(repository: Repository, entry: Entry) -> Callable[[int, int], bytes]:
+    """A function (offset, length) -> bytes over a file's content, fetching only the chunks it touches."""
+    layout = list(chunk_offsets(entry))
+    cache: dict[str, bytes | memoryview] = {}
+
+    def read(offset: int, length: int) -> bytes:
+        length = max(0, min(length, entry.size - offset))
+        found = bytearray(length)
+        for start, (chunk, chunk_bytes) in layout:
+            low, high = max(start, offset), min(start + chunk_bytes, offset + length)
+            if low >= high:
+                continue
+            if chunk not in cache:
+                if len(cache) >= 4:
+                    cache.pop(next(iter(cache)))
+                cache[chunk] = repository.get_chunk(bytes.fromhex(chunk))
+            found[low - offset : high - offset] = cache[chunk][low - start : high - start]
+        return bytes(found)
+
+    return read
+
+
+def chunk_offsets(entry: Entry) -> Iterator[tuple[int, ChunkRef]]:
+    """Each chunk of a file with its offset: chunks end to end, jumping over the holes."""
+    holes = iter([*entry.holes, (entry.size, 0)])
+    hole_start, hole_bytes = next(holes)
+    at = 0
+    for ref in entry.chunks:
+        while at == hole_start and hole_bytes:
+            at += hole_bytes
+            hole_start, hole_bytes = next(holes)
+        yield at, ref
+        at += ref[1]
+
+
+def _get_or_none(store: ObjectStore, name: str) -> bytes | None:
+    try:
+        if store.stat(name).size_bytes > _FORMAT_BYTES_MAX:
+            raise Corrupt(f"{name} at {store.url} is far too large to be what it should.")
+        return store.get(name)
+    except NotFound:
+        return None
+
+
+class _Version(msgspec.Struct):
+    magic: str = ""
+    version: int = 0
+    features: list[str] = []
+
+
+def _parse_format(data: bytes, url: str) -> Format:
+    what = f"the object `format` of {url}"
+    head = records.parse(data, _Version, what)
+    if head.magic != "outlast repository":
+        raise Corrupt(f"{what} is not that of an outlast repository.")
+    unknown = sorted(set(head.features) - set(FEATURES))
+    if head.version > FORMAT_VERSION or unknown:
+        needs = f"version {head.version}" + (f" with {', '.join(unknown)}" if unknown else "")
+        raise Refused(
+            f"the repository at {url} is of format {needs}; this program knows version {FORMAT_VERSION}.",
+            hint="Upgrade outlast.",
+        )
+    return records.parse(data, Format, what)
+
+
+def _open_keys(store: ObjectStore, form: Format, secret: Secret | None) -> Keys:
+    if secret is None:
+        raise WrongKey(
+            f"the repository at {store.url} is encrypted and no passphrase was given.",
+            hint="Set OUTLAST_PASSPHRASE, or use --passphrase-file or --passphrase-command.",
+        )
+    passphrase = secret()
+    best: Keys | None = None
+    for number, info in enumerate(store.list("keys/")):
+        if number >= _SLOTS_MAX or info.size_bytes > _FORMAT_BYTES_MAX:
+            break
+        try:
+            slot = records.parse(store.get(info.name), seal.KeySlot, info.name)
+        except Corrupt:
+            continue  # a damaged slot must not keep a good one from opening
+        keys = seal.unwrap_keys(slot, passphrase)
+        if keys and keys.repository.hex() == form.id and (best is None or keys.epoch > best.epoch):
+            best = keys
+    if best is None:
+        raise WrongKey(f"this passphrase opens no key of the repository at {store.url}; nothing was touched.")
+    return best

@@ -1,0 +1,208 @@
+"""Store chunks: hash, look up, encode in worker threads; fill packs; make them durable; commit once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from outlast import records
+from outlast.errors import OutlastError
+from outlast.events import Event
+from outlast.records import ChunkRef, Entry, PackRef, Snapshot
+from outlast.repo import codec, log, pack, seal
+from outlast.repo.chunker import cutter
+from outlast.repo.index import build_segment, segment_name
+from outlast.repo.pack import BuiltPack, EncodedChunk, Footer
+
+if TYPE_CHECKING:
+    from outlast.repo.log import State
+    from outlast.repo.repository import Repository
+
+PACK_WRITERS = 2
+PACK_CHUNKS_MAX = 50_000
+COMMIT_PACKS_BYTES = 4 << 30
+"""Packs of a long backup are committed this often, so that one that is killed doesn't begin anew."""
+SEGMENT_PACKS = 64
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """A chunk that was hashed, looked up and, unless the repository has it, encoded."""
+
+    id: bytes
+    plain_bytes: int
+    codec: int = 0
+    encoded: bytes | memoryview | None = None
+
+
+class Writer:
+    """One session of storing. `prepare` is for any thread, everything else for one.
+
+    Order of durable writes, the only thing that safety rests on: packs, then one log entry that
+    names them. Whatever ends the session earlier leaves garbage and no damage.
+    """
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+        self._open_pack: list[EncodedChunk] = []
+        self._open_bytes = 0
+        self._pending: set[bytes] = set()
+        self._pool = ThreadPoolExecutor(PACK_WRITERS, thread_name_prefix="pack")
+        self._slots = threading.BoundedSemaphore(PACK_WRITERS)
+        self._in_flight: list[Future[BuiltPack]] = []
+        self._durable: list[PackRef] = []
+        self._footers: list[Footer] = []
+        self._manifest: list[ChunkRef] = []
+        self._lines: list[bytes] = []
+        self._line_bytes = 0
+        self._cut = cutter(repository.format.chunking)
+        self.bytes_added = 0
+        self.bytes_stored = 0
+
+    def prepare(self, plain: bytes | memoryview, item_bytes: int = 0) -> Prepared:
+        """Hash, look up, encode. `plain` must not change until the chunk's pack is durable."""
+        repository = self._repository
+        chunk = seal.chunk_id(plain, repository.keys)
+        if repository.knows(chunk):
+            return Prepared(chunk, len(plain))
+        number, encoded = codec.encode(plain, item_bytes, repository.format.compression)
+        return Prepared(chunk, len(plain), number, encoded)
+
+    def add(self, prepared: Prepared) -> ChunkRef:
+        """Take a prepared chunk into the open pack, unless it is there or known already."""
+        if prepared.encoded is not None and prepared.id not in self._pending:
+            self._pending.add(prepared.id)
+            self._open_pack.append(EncodedChunk(prepared.id, prepared.codec, prepared.plain_bytes, prepared.encoded))
+            self._open_bytes += len(prepared.encoded) + pack.RECORD.itemsize
+            self.bytes_added += prepared.plain_bytes
+            if self._open_bytes >= self._repository.format.pack_bytes or len(self._open_pack) >= PACK_CHUNKS_MAX:
+                self._close_pack()
+        return prepared.id.hex(), prepared.plain_bytes
+
+    def has(self, refs: Iterable[ChunkRef]) -> bool:
+        """Whether every chunk is known, so that an unchanged file may be taken from its parent."""
+        return all(self._repository.knows(bytes.fromhex(chunk)) for chunk, _ in refs)
+
+    def add_entry(self, entry: Entry) -> None:
+        """Append to the manifest; entries must come in `path_order`."""
+        line = records.canonical(entry) + b"\n"
+        self._lines.append(line)
+        self._line_bytes += len(line)
+        if self._line_bytes >= 4 * self._repository.format.chunking.max_bytes:
+            self._cut_manifest(at_end=False)
+
+    def _cut_manifest(self, *, at_end: bool) -> None:
+        text = b"".join(self._lines)
+        at = 0
+        for length in self._cut(text, at_end) if text else []:
+            self._manifest.append(self.add(self.prepare(text[at : at + length])))
+            at += length
+        self._lines = [text[at:]]
+        self._line_bytes = len(text) - at
+
+    def _close_pack(self) -> None:
+        """Hand the open pack to a pack writer; waits while all of them are busy, which bounds memory."""
+        if not self._open_pack:
+            return
+        self._slots.acquire()
+        chunks, self._open_pack, self._open_bytes = self._open_pack, [], 0
+        self._in_flight.append(self._pool.submit(self._write_pack, chunks))
+        self._collect(wait=False)
+        if sum(ref.bytes for ref in self._durable) >= COMMIT_PACKS_BYTES:
+            self.commit_packs()
+
+    def _write_pack(self, chunks: list[EncodedChunk]) -> BuiltPack:
+        try:
+            repository = self._repository
+            built = pack.build(chunks, repository.keys, repository.clock.random_bytes(seal.SALT_BYTES))
+            repository.store.put_if_absent(f"packs/{built.name[:2]}/{built.name}", built.parts)
+            built.parts.clear()
+            return built
+        finally:
+            self._slots.release()
+
+    def _collect(self, *, wait: bool) -> None:
+        """Note the packs that became durable; raises what a pack writer raised."""
+        waiting, self._in_flight = self._in_flight, []
+        while waiting:
+            future = waiting.pop(0)
+            if not wait and not future.done():
+                self._in_flight.append(future)
+                continue
+            try:
+                built = future.result()
+            except BaseException:
+                self._in_flight += waiting
+                raise
+            self._repository.index.add_recent(built.footer)
+            self._pending.difference_update(row.tobytes() for row in built.footer.records["id"])
+            self._footers.append(built.footer)
+            self._durable.append(PackRef(built.name, built.bytes, len(built.footer.records)))
+            self.bytes_stored += built.bytes
+
+    def commit_packs(self) -> None:
+        """Commit the packs that are durable, without a snapshot: work done so far isn't done again."""
+        self._collect(wait=False)
+        if self._durable:
+            packs = self._take_durable()
+            self._repository.log.append(log.PACKS, lambda state: {"packs": packs})
+
+    def _take_durable(self) -> list[dict[str, Any]]:
+        packs, self._durable = [msgspec.to_builtins(ref) for ref in self._durable], []
+        return packs
+
+    def commit(self, snapshot: Snapshot) -> Snapshot:
+        """Make everything durable and commit the snapshot: the only moment at which it comes to exist.
+
+        `manifest`, `bytes_added`, `bytes_stored` and `id` are filled in here.
+        """
+        self._cut_manifest(at_end=True)
+        self._close_pack()
+        self._collect(wait=True)
+        self._pool.shutdown()
+        snapshot = msgspec.structs.replace(
+            snapshot,
+            id="",
+            manifest=self._manifest,
+            bytes_added=self.bytes_added,
+            bytes_stored=self.bytes_stored,
+        )
+        salt = self._repository.clock.random_bytes(16)
+        snapshot = msgspec.structs.replace(snapshot, id=seal.digest(salt + records.canonical(snapshot))[:16].hex())
+        packs = self._take_durable()
+
+        def body(state: State) -> dict[str, Any]:
+            return {"snapshot": msgspec.to_builtins(snapshot), "packs": packs}
+
+        self._repository.log.append(log.SNAPSHOT, body)
+        self._speed_up_next_open()
+        return snapshot
+
+    def abandon(self) -> None:
+        """End without a snapshot: wait for packs under way and keep what is durable for the next try."""
+        self._open_pack.clear()
+        self._pool.shutdown(wait=True)
+        self._in_flight = [future for future in self._in_flight if future.exception() is None]
+        try:
+            self.commit_packs()
+        except OutlastError as exc:
+            self._repository.sink.event(
+                Event("packs.not_committed", f"packs already uploaded were not committed: {exc.message}")
+            )
+
+    def _speed_up_next_open(self) -> None:
+        """Write the derived objects that are due. They only save time, so failing is no failure."""
+        repository = self._repository
+        repository.log.save_state()
+        repository.uncovered.extend(self._footers)
+        if len(repository.uncovered) < SEGMENT_PACKS:
+            return
+        segment = build_segment(repository.uncovered)
+        try:
+            repository.store.put_if_absent(f"index/{segment_name(segment, repository.keys)}", [segment])
+            repository.uncovered.clear()
+        except OutlastError as exc:
+            repository.sink.event(Event("index.not_written", f"an index segment was not written: {exc.message}"))

@@ -1,0 +1,1 @@
+"""Named bytes: the object stores that repositories live on."""

@@ -1,0 +1,294 @@
+"""S3, Google Cloud Storage and Azure Blob Storage, through obstore.
+
+The rule for every conditional write: a refused, failed or unanswered one proves nothing. The
+object is read back, and only what is there decides. S3 answers 412 to a retry of a write that
+succeeded, and 409 when two writers met and neither may have won (AWS S3 User Guide, "How to
+prevent object overwrites with conditional writes").
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from outlast.errors import (
+    Exists,
+    InvalidInput,
+    NotFound,
+    OutlastError,
+    Refused,
+    StoreFull,
+    Unavailable,
+)
+from outlast.store.base import Buffer, Capabilities, ObjectInfo, check_name
+from outlast.store.local import check_range
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
+
+SCHEMES = ("s3", "gs", "az")
+COMPARE_BYTES = 8 << 20
+SINGLE_PUT_BYTES_MAX = 64 << 20
+LIST_PAGE = 1000
+
+# One request may carry a whole pack over a slow line, so it is given minutes; obstore's own retries
+# only bridge a hiccup, because RetryStore sees to the rest with the read-back rule.
+_CLIENT_OPTIONS = {"timeout": "300s", "connect_timeout": "10s"}
+_RETRY_CONFIG = {"max_retries": 2, "retry_timeout": timedelta(seconds=60)}
+
+_STATUS = re.compile(r"status code: (\d{3})")
+_CODE = re.compile(r"<Code>(\w+)</Code>")
+_URL_SECRETS = re.compile(r"(?<=://)[^/\s@]*@|\?[^\s\"')]+")
+_WORTH_RETRYING = {408, 409, 412, 416, 425, 429}
+_FULL_CODES = {"QuotaExceeded", "QuotaExceededException", "InsufficientStorage", "XMinioStorageFull"}
+
+
+class CloudStore:
+    """Objects in a bucket, below the prefix that the URL names.
+
+    Credentials and endpoint come from the environment (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL` and
+    so on, likewise for Google and Azure), never from the URL. `put_if_absent` can't tell its own
+    earlier success from another writer's identical bytes, so identical bytes succeed.
+    """
+
+    def __init__(self, url: str) -> None:
+        import obstore
+        import obstore.exceptions
+        import obstore.store
+
+        parts = urlsplit(url)
+        if parts.scheme not in SCHEMES or not parts.netloc:
+            raise InvalidInput(
+                f"{_scrub(url)!r} is not a bucket; write s3://BUCKET/PREFIX, gs://… or az://…."
+            )
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise InvalidInput(
+                "The URL of a store must hold nothing but bucket and prefix; nothing was contacted.",
+                hint="Give credentials in the environment, as AWS_ACCESS_KEY_ID and so on.",
+            )
+        self._url = url.rstrip("/")
+        self._api = obstore
+        self._errors = (obstore.exceptions.BaseError, OSError, ValueError, NotImplementedError)
+        # S3's directory buckets (the suffix is reserved for them) are the ones that list in no order.
+        self._lists_in_order = parts.scheme == "s3" and not parts.netloc.endswith("--x-s3")
+        from_url: Any = obstore.store.from_url  # its overloads want to know the kind of store beforehand
+        options: dict[str, Any] = dict(_CLIENT_OPTIONS)
+        if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+            options["allow_http"] = True  # the user wrote http:// himself; that is the permission
+        try:
+            self._store: Any = from_url(self._url, client_options=options, retry_config=_RETRY_CONFIG)
+        except self._errors as exc:
+            raise InvalidInput(
+                f"{self._url} can't be opened: {_reason(exc)}. Nothing was contacted.",
+                hint="Check the environment variables with the account, region and endpoint of the store.",
+            ) from None
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(concurrency=16)
+
+    def put_if_absent(self, name: str, parts: Sequence[Buffer]) -> None:
+        content = b"".join(parts)
+        try:
+            self._api.put(self._store, check_name(name), content, mode="create", use_multipart=False)
+        except self._errors as exc:
+            error = _translate(exc, "write", name, self._url)
+            if not isinstance(error, Exists | Unavailable) or isinstance(error, StoreFull):
+                raise error from None
+            self._settle(name, content, error)
+
+    def _settle(self, name: str, content: bytes, error: OutlastError) -> None:
+        """After a reply that proves nothing: return when our bytes are there, else raise what is true."""
+        try:
+            same = self._holds(name, content)
+        except NotFound:
+            raise Unavailable(
+                f"{name} was not written to {self._url}: {error.message.rstrip('.')}, and nothing is there."
+            ) from error
+        if not same:
+            raise Exists(f"{name} already exists with other content; it was left as it is.") from error
+
+    def _holds(self, name: str, content: bytes) -> bool:
+        """Whether the object has exactly these bytes; big ones are compared range by range."""
+        size_bytes = len(content)
+        if self.stat(name).size_bytes != size_bytes:
+            return False
+        if size_bytes <= COMPARE_BYTES:
+            return self.get(name) == content
+        with memoryview(content) as ours:
+            return all(
+                self.get_ranges(name, [(start, min(COMPARE_BYTES, size_bytes - start))])[0]
+                == ours[start : start + COMPARE_BYTES]
+                for start in range(0, size_bytes, COMPARE_BYTES)
+            )
+
+    def put(self, name: str, parts: Sequence[Buffer]) -> None:
+        content = b"".join(parts)
+        multipart = len(content) > SINGLE_PUT_BYTES_MAX
+        try:
+            self._api.put(
+                self._store,
+                check_name(name),
+                content,
+                use_multipart=multipart,
+                chunk_size=16 << 20,
+                max_concurrency=4,
+            )
+        except self._errors as exc:
+            raise _translate(exc, "write", name, self._url) from None
+
+    def get(self, name: str) -> bytes:
+        try:
+            reply = self._api.get(self._store, check_name(name))
+            expected = reply.meta["size"]
+            content = reply.bytes().to_bytes()
+        except self._errors as exc:
+            raise _translate(exc, "read", name, self._url) from None
+        if len(content) != expected:
+            raise Unavailable(f"{name} was cut off after {len(content)} of {expected} bytes.")
+        return content
+
+    def get_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        asked = [(offset, length) for offset, length in ranges if length]
+        if len(asked) < len(ranges) or any(offset < 0 or length < 0 for offset, length in asked):
+            self._check_ranges(name, ranges)
+        if not asked:
+            return [b""] * len(ranges)
+        try:
+            replies = self._api.get_ranges(
+                self._store,
+                check_name(name),
+                starts=[offset for offset, _ in asked],
+                lengths=[length for _, length in asked],
+            )
+        except self._errors as exc:
+            error = _translate(exc, "read", name, self._url)
+            if not isinstance(error, NotFound):
+                self._check_ranges(name, ranges)  # past the end: then that is what to say
+            raise error from None
+        found = [reply.to_bytes() for reply in replies]
+        for (offset, length), content in zip(asked, found, strict=True):
+            if len(content) != length:
+                self._check_ranges(name, ranges)
+                raise Unavailable(
+                    f"{name}: of {length} bytes from {offset} on only {len(content)} came back."
+                )
+        pieces = iter(found)
+        return [next(pieces) if length else b"" for _, length in ranges]
+
+    def _check_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> None:
+        size_bytes = self.stat(name).size_bytes
+        for offset, length in ranges:
+            check_range(name, offset, length, size_bytes)
+
+    def stat(self, name: str) -> ObjectInfo:
+        try:
+            return _info(self._api.head(self._store, check_name(name)))
+        except self._errors as exc:
+            raise _translate(exc, "read", name, self._url) from None
+
+    def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
+        folder = prefix[: prefix.rfind("/") + 1]
+        if folder and not _is_legal(folder[:-1]):
+            return  # no object can have such a name
+        near = self._list_folder(folder, prefix, after)
+        found = (info for info in near if info.name.startswith(prefix) and info.name > after)
+        yield from found if self._lists_in_order else sorted(found, key=lambda info: info.name)
+
+    def _list_folder(self, folder: str, prefix: str, after: str) -> Iterator[ObjectInfo]:
+        """Everything in the folder, from about where names that start with `prefix` begin.
+
+        The store takes whole path parts only, and skips names up to an offset: everything that
+        starts with `prefix` comes after `prefix` less its last character.
+        """
+        offset = max(filter(_is_legal, (after, prefix[:-1])), default=None)
+        try:
+            pages = self._api.list(
+                self._store, folder.rstrip("/") or None, offset=offset, chunk_size=LIST_PAGE
+            )
+            for page in pages:
+                for meta in page:
+                    info = _info(meta)
+                    if self._lists_in_order and info.name > prefix and not info.name.startswith(prefix):
+                        return
+                    yield info
+        except self._errors as exc:
+            raise _translate(exc, "list", prefix or "the objects", self._url) from None
+
+    def delete(self, name: str) -> None:
+        try:
+            self._api.delete(self._store, check_name(name))
+        except FileNotFoundError:
+            return
+        except self._errors as exc:
+            raise _translate(exc, "delete", name, self._url) from None
+
+
+def _is_legal(name: str) -> bool:
+    try:
+        check_name(name)
+    except InvalidInput:
+        return False
+    return True
+
+
+def _info(meta: ObjectMeta) -> ObjectInfo:
+    return ObjectInfo(meta["path"], meta["size"], meta["last_modified"].timestamp())
+
+
+def _scrub(text: str) -> str:
+    """The text without user names and query strings of URLs, where signatures and tokens live."""
+    return _URL_SECRETS.sub("", text)
+
+
+def _reason(exc: Exception) -> str:
+    """What the store said, short and without secrets: status and code where there are any."""
+    text = str(exc).split("\n\nDebug source", 1)[0]
+    status, code = _STATUS.search(text), _CODE.search(text)
+    if status:
+        return f"HTTP {status[1]}" + (f" {code[1]}" if code else "")
+    return _scrub(" ".join(text.split()))[:300].rstrip(". ")
+
+
+def _translate(exc: Exception, action: str, name: str, url: str) -> OutlastError:
+    """The one place where obstore's exceptions become ours. Callers cut the chain: it holds URLs."""
+    from obstore import exceptions as theirs
+
+    reason = _reason(exc)
+    if any(code in reason for code in _FULL_CODES) or "HTTP 507" in reason:
+        return StoreFull(
+            f"{url} has no room left to {action} {name} ({reason}). What was stored before is unchanged.",
+            hint="Free space or raise the quota, then run the same command again.",
+        )
+    if isinstance(exc, FileNotFoundError) or "HTTP 404" in reason:
+        if "NoSuchBucket" in reason or action in {"write", "list"}:
+            return NotFound(f"The bucket of {url} does not exist.", hint="Create it, or correct the URL.")
+        return NotFound(f"There is no object {name} in {url}.")
+    if isinstance(exc, theirs.AlreadyExistsError | theirs.PreconditionError):
+        return Exists(f"{name} may already exist ({reason}).")
+    status = int(reason[5:8]) if reason.startswith("HTTP ") else 0
+    denied = isinstance(exc, theirs.PermissionDeniedError | theirs.UnauthenticatedError)
+    if denied or (300 <= status < 500 and status not in _WORTH_RETRYING):
+        return Refused(
+            f"{url} does not let us {action} {name} ({reason}). Nothing was changed.",
+            hint="Check the credentials in the environment and what they are allowed to do.",
+        )
+    if isinstance(exc, theirs.NotSupportedError | NotImplementedError) or "HTTP 501" in reason:
+        return Refused(
+            f"{url} can't {action} {name} as asked ({reason}); it lacks conditional writes or ranges.",
+            hint="`outlast doctor store URL` shows what this store does and does not do.",
+        )
+    if isinstance(exc, theirs.InvalidPathError | ValueError):
+        return InvalidInput(f"{name!r} can't be used with {url} ({reason}); nothing was touched.")
+    return Unavailable(
+        f"{url} did not {action} {name} ({reason}).",
+        hint="Check the network and the endpoint; the same command can be run again.",
+    )
