@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from measure import Command
@@ -117,9 +118,7 @@ class Borg:
         target.mkdir(parents=True, exist_ok=True)
         listed = self._command(repository, "list", "--short", "--last", "1", str(repository))
         archive = said(listed).strip()
-        return self._command(
-            repository, "extract", f"{repository}::{archive}", folder=target, cold=repository
-        )
+        return self._command(repository, "extract", f"{repository}::{archive}", folder=target, cold=repository)
 
     def check(self, repository: Path) -> Command:
         return self._command(repository, "check", "--verify-data", str(repository), cold=repository)
@@ -136,6 +135,7 @@ AUTO = Outlast("outlast auto")
 SEALED = Outlast("outlast encrypted", ("--encrypt",))
 RESTIC = Restic()
 BORG = Borg()
+ALL_RIVALS: tuple[Keeper, ...] = (RESTIC, BORG)
 
 
 def installed(keeper: Keeper) -> bool:
@@ -165,9 +165,9 @@ def plainly_restored(source: Path, target: Path) -> Command:
     return Command([sys.executable, str(LIMITS), "copy", str(source), str(target)], cold=source)
 
 
-def version(program: str) -> str:
-    """The first line of `--version`, shortened to name and number."""
-    ran = subprocess.run([program, "--version"], capture_output=True, text=True)
-    if ran.returncode:
-        ran = subprocess.run([program, "version"], capture_output=True, text=True)
-    return " ".join(ran.stdout.split()[:2])
+def version(keeper: Keeper) -> str:
+    """Name and version, as in "restic 0.14.0"."""
+    if isinstance(keeper, Outlast):
+        return f"outlast {metadata.version('outlast')}"
+    argv = [keeper.program, "--version" if isinstance(keeper, Borg) else "version"]
+    return " ".join(said(Command(argv)).split()[:2])

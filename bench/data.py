@@ -6,7 +6,9 @@
 `model` writes `checkpoint.pt`: a transformer of 12 blocks in fp32 (GPT-2 small's shapes) with both
 AdamW moments, 1.5 GB at scale 1. The tensors are drawn, not trained: normal weights with another
 scale in every layer, normal first moments, squared normal second moments. Version v differs from
-version v-1 in 2 of the 12 blocks (weights and moments); equal arguments give equal bytes.
+version v-1 in 2 of the 12 blocks: weights, moments and the step counters of these parameters, as when
+the other blocks are frozen; with --one-step in the step counter of every parameter too, as when an
+optimizer counts steps for all of them. Equal arguments give equal bytes.
 """
 
 from __future__ import annotations
@@ -37,9 +39,10 @@ def shapes(scale: float) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[in
     """(tensors outside the blocks, tensors of one block), by name."""
     width = max(32, round(768 * scale**0.5 / 32) * 32)
     words = max(64, round(50257 * scale**0.5))
+    positions = max(16, round(1024 * scale**0.5))
     outer = {
         "wte.weight": (words, width),
-        "wpe.weight": (1024, width),
+        "wpe.weight": (positions, width),
         "ln_f.weight": (width,),
         "ln_f.bias": (width,),
     }
@@ -70,7 +73,7 @@ def parts(scale: float, version: int) -> Iterator[tuple[str, tuple[int, ...], in
             yield f"h.{number}.{name}", shape, last_change(number, version), 0.02 / (1 + number) ** 0.5
 
 
-def write_model(folder: Path, scale: float, version: int) -> dict[str, int]:
+def write_model(folder: Path, scale: float, version: int, one_step: bool = False) -> dict[str, int]:
     """Write `checkpoint.pt`, and `config.json` after it; {"bytes": all, "changed": since version - 1}."""
     import torch
 
@@ -83,9 +86,12 @@ def write_model(folder: Path, scale: float, version: int) -> dict[str, int]:
         first = torch.randn(shape, generator=generator) * (1e-4 * deviation / 0.02)
         second = torch.randn(shape, generator=generator).mul_(2e-4).square_()
         weights[name] = weight
-        states[number] = {"step": torch.tensor(1000.0), "exp_avg": first, "exp_avg_sq": second}
+        step = torch.tensor(1000.0 + (version if one_step else seed_version))
+        states[number] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
         if version and seed_version == version:
-            changed += 3 * weight.nbytes
+            changed += 3 * weight.nbytes + step.nbytes
+        elif version and one_step:
+            changed += step.nbytes
     folder.mkdir(parents=True, exist_ok=True)
     groups = [{"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "params": list(states)}]
     optimizer = {"state": states, "param_groups": groups}
@@ -115,10 +121,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--version", type=int, default=0)
+    parser.add_argument("--one-step", action="store_true")
     parser.add_argument("--count", type=int, default=100_000)
     options = parser.parse_args()
     if options.what == "model":
-        facts = write_model(options.folder, options.scale, options.version)
+        facts = write_model(options.folder, options.scale, options.version, options.one_step)
     else:
         facts = write_small(options.folder, options.count)
     print(json.dumps(facts))

@@ -60,9 +60,7 @@ def run(command: Command) -> Outcome:
         if child.returncode:
             errors.seek(0)
             words = errors.read().decode("utf-8", "replace").strip()[-2000:]
-            raise RuntimeError(
-                f"{' '.join(command.argv)}\nended with {child.returncode}: {words or stdout[-2000:]}"
-            )
+            raise RuntimeError(f"{' '.join(command.argv)}\nended with {child.returncode}: {words or stdout[-2000:]}")
     cpu_seconds = usage.ru_utime + usage.ru_stime
     return Outcome(wall_seconds, settle_seconds, cpu_seconds, usage.ru_maxrss * 1024, stdout)
 
@@ -95,9 +93,7 @@ def remove(path: Path) -> None:
 
 def machine(scratch: Path) -> dict[str, str]:
     """What a reader needs to know of this machine; nothing that names it."""
-    memory = next(
-        line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal")
-    )
+    memory = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     release = ".".join(os.uname().release.split("-")[0].split(".")[:2])
     return {
@@ -125,7 +121,5 @@ def disk_kind(path: Path) -> str:
         return f"{kind} on NVMe"
     rotational = Path(os.path.realpath(link)) / "queue" / "rotational"
     if rotational.exists():
-        return (
-            f"{kind} on a {'spinning disk' if rotational.read_text().strip() == '1' else 'solid-state disk'}"
-        )
+        return f"{kind} on a {'spinning disk' if rotational.read_text().strip() == '1' else 'solid-state disk'}"
     return kind

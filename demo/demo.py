@@ -39,7 +39,7 @@ def title(text: str) -> None:
 
 
 def size(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
+    return f"{count / (1 << 20):,.1f} MiB"
 
 
 def course(losses: list[float]) -> str:

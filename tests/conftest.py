@@ -29,9 +29,7 @@ def s3(moto_server: MotoServer, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture
-def lossy_s3(
-    s3: str, moto_server: MotoServer, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[str, LossyProxy]]:
+def lossy_s3(s3: str, moto_server: MotoServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, LossyProxy]]:
     """Like `s3`, through a proxy that can lose replies."""
     proxy = LossyProxy(moto_server.port)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)

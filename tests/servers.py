@@ -79,8 +79,8 @@ class MotoServer:
 class LossyProxy:
     """A TCP proxy that lets a request through, and then drops the reply and the connection.
 
-    `lose_replies(method, count)`: the next `count` requests with that HTTP method reach the server
-    and are applied; their callers see a broken connection.
+    `lose_replies(method, count)`: the next `count` requests with that HTTP method (any, when empty)
+    reach the server and are applied; their callers see a broken connection.
     """
 
     def __init__(self, target_port: int) -> None:
@@ -96,7 +96,7 @@ class LossyProxy:
 
     def lose_replies(self, method: str, count: int) -> None:
         with self._lock:
-            self._method, self._count = method.encode() + b" ", count
+            self._method, self._count = f"{method} ".lstrip().encode(), count
 
     def close(self) -> None:
         # shutdown wakes the thread that waits in accept; close alone would leave it there

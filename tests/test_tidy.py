@@ -87,10 +87,7 @@ def test_names_say_something() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef) and node.name.endswith(CLASS_ENDINGS_BANNED):
                 vague.append(f"{at(path, node.lineno)}: class {node.name}")
-            if (
-                isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-                and node.name in FUNCTION_NAMES_BANNED
-            ):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name in FUNCTION_NAMES_BANNED:
                 vague.append(f"{at(path, node.lineno)}: function {node.name}")
     complain(
         vague,
@@ -152,9 +149,7 @@ def test_no_path_of_a_build_machine() -> None:
     complain(named, "A path of somebody's machine says nothing to readers: write a relative one.")
 
 
-@pytest.mark.parametrize(
-    "command", ["ruff check", "ruff format --check", "mypy", "lint-imports", "tests/test_tidy.py"]
-)
+@pytest.mark.parametrize("command", ["ruff check", "ruff format --check", "mypy", "lint-imports", "tests/test_tidy.py"])
 def test_make_check_runs_every_tool(command: str) -> None:
     recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\ncheck:")[1].split("\n\n")[0]
     assert command in recipe, f"`make check` no longer runs {command!r}: put it back into the Makefile."
@@ -162,9 +157,7 @@ def test_make_check_runs_every_tool(command: str) -> None:
 
 def test_every_rule_bites() -> None:
     """The rules above see what they forbid (a rule that can't fail is a defect)."""
-    tree = ast.parse(
-        "import time\nfrom random import Random\nx = datetime.now()\ny = datetime.datetime.utcnow()\n"
-    )
+    tree = ast.parse("import time\nfrom random import Random\nx = datetime.now()\ny = datetime.datetime.utcnow()\n")
     assert [line for line, _ in clock_reads(tree)] == [1, 2, 3, 4]
     assert build_machine_paths().search("see /home/someone/outlast")
     assert build_machine_paths().search(f"see {ROOT}/src") or len(ROOT.parts) <= 2

@@ -2,6 +2,10 @@
 
 Everything here is JSON (RFC 8259, UTF-8, no insignificant space, fields in the order declared,
 fields at their default left out), so a stranger reads a repository with `cat` and `jq`.
+
+An object of its own (`format`, `keys/…`, `log/…`, `state/…`) ends with one more field, `hash`: the
+BLAKE3 of all bytes before `,"hash"`. So a changed byte in any of them is noticed and named, even
+where nothing else refers to the object.
 """
 
 from __future__ import annotations
@@ -11,12 +15,16 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
 from urllib.parse import unquote_to_bytes
 
+import blake3
 import msgspec
 
 from outlast.errors import Corrupt
 
 _encoder = msgspec.json.Encoder()
 _ESCAPED = re.compile("[\udc80-\udcff]")
+
+_HASH_FIELD = re.compile(rb',"hash":"([0-9a-f]{64})"\}\n')
+_HASH_FIELD_BYTES = 76
 
 T = TypeVar("T")
 
@@ -125,7 +133,7 @@ class Chunking(msgspec.Struct, frozen=True):
     """How content is cut. Fixed when the repository is made; changing it would end deduplication.
 
     `block_bytes`: tensors are cut into blocks of this size from their first byte on.
-    `min/avg/max_bytes`, `seed`: FastCDC (Xia et al., USENIX ATC 2016, normalisation level 2) for the rest.
+    `min/avg/max_bytes`, `seed`: FastCDC (Xia et al., IEEE TPDS 2020, normalisation level 2) for the rest.
     """
 
     block_bytes: int = 4 << 20
@@ -161,6 +169,20 @@ def parse(data: bytes | memoryview, kind: type[T], what: str) -> T:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, msgspec.ValidationError, RecursionError, UnicodeDecodeError) as exc:
         raise Corrupt(f"{what} can't be read: {exc}.") from exc
+
+
+def canonical_object(record: msgspec.Struct) -> bytes:
+    """The bytes of a record that is an object of its own: a line that ends with its hash."""
+    body = _encoder.encode(record)[:-1]
+    return body + b',"hash":"' + blake3.blake3(body).hexdigest().encode() + b'"}\n'
+
+
+def parse_object(data: bytes, kind: type[T], what: str) -> T:
+    """Undo `canonical_object`; `Corrupt` names `what` when any byte is not as it was written."""
+    body, field = data[:-_HASH_FIELD_BYTES], _HASH_FIELD.fullmatch(data[-_HASH_FIELD_BYTES:])
+    if field is None or blake3.blake3(body).hexdigest().encode() != field[1]:
+        raise Corrupt(f"{what} was changed or cut short: it does not have the hash that it ends with.")
+    return parse(data, kind, what)
 
 
 def path_text(raw: bytes) -> str:

@@ -15,6 +15,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     exempt = [where for fact in facts for where in str(fact.get("examples_exempt", "")).split()]
     if run or exempt:
         named = f": {', '.join(exempt)}" if exempt else ""
-        terminalreporter.write_line(
-            f"documentation: {run} examples run, {len(exempt)} marked `not run`{named}"
-        )
+        terminalreporter.write_line(f"documentation: {run} examples run, {len(exempt)} marked `not run`{named}")

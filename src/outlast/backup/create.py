@@ -94,8 +94,10 @@ def create(
 
 def _repository_folder(repository: Repository) -> bytes | None:
     """The folder that a local repository is, or None."""
-    local_path = getattr(repository.store, "local_path", None)
-    return os.path.realpath(os.path.dirname(os.fsencode(local_path("format")))) if local_path else None
+    if not repository.store.capabilities.memory_map:
+        return None
+    path: str = getattr(repository.store, "local_path")("format")  # noqa: B009  what memory_map promises
+    return os.path.realpath(os.path.dirname(os.fsencode(path)))
 
 
 def _refuse_own_objects(repository: Repository, found: list[Root]) -> None:

@@ -2,7 +2,7 @@
 
 A tensor is cut into fixed blocks from its own first byte on, so the same tensor in a `.pt`, a
 `.safetensors`, a shard or live memory gives the same chunks, whatever surrounds it. Everything
-else is cut by content (FastCDC, Xia et al., USENIX ATC 2016), so inserted bytes shift nothing.
+else is cut by content (FastCDC, Xia et al., IEEE TPDS 2020), so inserted bytes shift nothing.
 """
 
 from __future__ import annotations

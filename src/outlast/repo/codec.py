@@ -148,7 +148,7 @@ def _encode_planes(plain: bytes | memoryview, item_bytes: int) -> bytes | None:
 
 
 def _decode_planes(encoded: memoryview, plain_bytes: int) -> memoryview:
-    item_bytes = encoded[0]
+    item_bytes = encoded[0] if len(encoded) else 0
     if item_bytes not in (2, 4, 8):
         raise Corrupt(f"a plane chunk names an element width of {item_bytes} bytes.")
     widths = _plane_widths(item_bytes)

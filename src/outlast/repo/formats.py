@@ -137,20 +137,16 @@ def safetensors_header(
                 hint="Restore the whole file instead, or choose other tensors.",
             )
         if name in header or name == "__metadata__":
-            raise InvalidInput(
-                f"{where}: the name is taken; nothing was written.", hint="Choose one of them."
-            )
+            raise InvalidInput(f"{where}: the name is taken; nothing was written.", hint="Choose one of them.")
         if length != _stored_bytes(dtype, shape, length):
-            raise InvalidInput(
-                f"{where}: {length} bytes don't fit shape {shape} of {dtype}; nothing was written."
-            )
+            raise InvalidInput(f"{where}: {length} bytes don't fit shape {shape} of {dtype}; nothing was written.")
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + length]}
         end += length
     text = msgspec.json.encode(header)
     text += b" " * (-len(text) % 8)
     if len(text) > _SAFETENSORS_HEADER_BYTES_MAX:
         raise InvalidInput(
-            f"{len(tensors)} tensors need a header of {len(text)} bytes, which is more than safetensors allows; "
+            f"{len(tensors)} tensors need a header of {len(text)} bytes, more than safetensors allows; "
             "nothing was written.",
             hint="Choose fewer tensors.",
         )

@@ -109,9 +109,7 @@ class _Cursor:
 
 def tensors(window: Window) -> list[Tensor]:
     """The tensors in the order of the file, shapes with the slowest dimension first; raises `Malformed`."""
-    magic, version, tensor_count, pair_count = unpack_from(
-        "<4sIQQ", window.get(0, _HEAD_BYTES, ahead=_READ_BYTES)
-    )
+    magic, version, tensor_count, pair_count = unpack_from("<4sIQQ", window.get(0, _HEAD_BYTES, ahead=_READ_BYTES))
     # A big-endian file shows its version in the upper half of the word, so it ends here as well.
     if magic != MAGIC or version not in (2, 3):
         raise Malformed("not a little-endian GGUF file of version 2 or 3")
@@ -130,6 +128,8 @@ def tensors(window: Window) -> list[Tensor]:
     if alignment == 0 or alignment & (alignment - 1):
         raise Malformed("the alignment is no power of two")
     described = [_description(cursor, window.size) for _ in range(tensor_count)]
+    if len({each[0] for each in described}) != tensor_count:
+        raise Malformed("two tensors of one name")
     data_start = -(-cursor.at // alignment) * alignment
     found = []
     for name, dtype, shape, offset, length in described:

@@ -11,7 +11,7 @@ instead of one footer per pack. They are derived: a damaged or missing one costs
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import blake3
 import msgspec
@@ -88,14 +88,11 @@ class Index:
         for footer in footers:
             if footer.name in self._known:
                 continue
-            rows = np.zeros(len(footer.records), _RECORD)
-            for field in ("id", "offset", "stored", "plain", "codec"):
-                rows[field] = footer.records[field]
-            self._add_rows([IndexedPack(footer.name, footer.epoch, footer.encrypted, footer.salt.hex())], rows)
+            self._add_rows([indexed_pack(footer)], footer_rows(footer))
 
     def add_recent(self, footer: Footer) -> None:
         """Fold a pack that this process has just made, without sorting everything anew."""
-        pack = IndexedPack(footer.name, footer.epoch, footer.encrypted, footer.salt.hex())
+        pack = indexed_pack(footer)
         self._known.add(pack.name)
         for row in footer.records:
             self._recent[row["id"].tobytes()] = Location(
@@ -116,15 +113,19 @@ class Index:
         prefixes = np.frombuffer(merged["id"].tobytes(), ">u8")[::4].astype(np.uint64)
         order = np.argsort(prefixes, kind="stable")
         self._records = merged[order]
-        self._prefixes = np.ascontiguousarray(prefixes[order]).data.cast("B").cast("Q")
+        self._prefixes = memoryview(prefixes[order].tobytes()).cast("Q")
         self._unsorted = []
 
     def get(self, chunk: bytes) -> Location | None:
         """Where the chunk lies, or None. Of several copies the last one added counts."""
+        return self._recent.get(chunk) or next(self._sorted_copies(chunk), None)
+
+    def copies(self, chunk: bytes) -> list[Location]:
+        """Everywhere the chunk lies, the last copy added first."""
         recent = self._recent.get(chunk)
-        if recent is not None:
-            return recent
-        found = None
+        return [*([recent] if recent else []), *self._sorted_copies(chunk)]
+
+    def _sorted_copies(self, chunk: bytes) -> Iterator[Location]:
         prefixes, prefix = self._prefixes, int.from_bytes(chunk[:8], "big")
         low, high = 0, len(prefixes)
         while low < high:
@@ -133,15 +134,19 @@ class Index:
                 low = middle + 1
             else:
                 high = middle
-        while low < len(prefixes) and prefixes[low] == prefix:
-            row = self._records[low]
+        high = low
+        while high < len(prefixes) and prefixes[high] == prefix:
+            high += 1
+        for number in range(high - 1, low - 1, -1):
+            row = self._records[number]
             if row["id"].tobytes() == chunk:
-                found = row
-            low += 1
-        if found is None:
-            return None
-        pack = self._packs[int(found["pack"])]
-        return Location(pack, int(found["offset"]), int(found["stored"]), int(found["plain"]), int(found["codec"]))
+                yield Location(
+                    self._packs[int(row["pack"])],
+                    int(row["offset"]),
+                    int(row["stored"]),
+                    int(row["plain"]),
+                    int(row["codec"]),
+                )
 
     def forget_pack(self, name: str) -> None:
         """Drop a pack that turned out to be missing or damaged, so that nothing relies on it."""
@@ -151,45 +156,56 @@ class Index:
             rows = keep[self._records["pack"]]
             prefixes = np.frombuffer(self._prefixes, np.uint64)[rows]
             self._records = self._records[rows]
-            self._prefixes = np.ascontiguousarray(prefixes).data.cast("B").cast("Q")
+            self._prefixes = memoryview(prefixes.tobytes()).cast("Q")
         self._recent = {chunk: location for chunk, location in self._recent.items() if location.pack.name != name}
 
     def add_segment(self, data: bytes, name: str, keys: Keys | None) -> None:
         """Fold a segment. Raises `Corrupt`, having changed nothing, when it isn't what its name says."""
-        if segment_name(data, keys) != name:
-            raise Corrupt(f"index segment {name[:16]} does not have the hash that its name promises.")
-        magic, version, header_bytes = _HEAD.unpack_from(data)
-        if magic != _MAGIC or version != 1 or _HEAD.size + header_bytes > len(data):
-            raise Corrupt(f"index segment {name[:16]} is not one that this version can read.")
-        body = _HEAD.size + header_bytes
-        header = records.parse(data[_HEAD.size : body], _SegmentHeader, f"index segment {name[:16]}")
-        if header.records * _RECORD.itemsize != len(data) - body:
-            raise Corrupt(f"index segment {name[:16]} has not the length that it says.")
-        rows = np.frombuffer(data, _RECORD, offset=body).copy()
-        if len(rows) and (int(rows["pack"].max()) >= len(header.packs) or int(rows["plain"].max()) > CHUNK_BYTES_MAX):
-            raise Corrupt(f"index segment {name[:16]} names packs that it does not list.")
-        unknown = np.array([pack.name not in self._known for pack in header.packs], bool)
+        packs, rows = read_segment(data, name, keys)
+        unknown = np.array([pack.name not in self._known for pack in packs], bool)
         if not unknown.any():
             return
         renumber = np.cumsum(unknown) - 1
         rows = rows[unknown[rows["pack"]]]
         rows["pack"] = renumber[rows["pack"]]
-        self._add_rows([pack for pack, new in zip(header.packs, unknown, strict=True) if new], rows)
+        self._add_rows([pack for pack, new in zip(packs, unknown, strict=True) if new], rows)
+
+
+def indexed_pack(footer: Footer) -> IndexedPack:
+    return IndexedPack(footer.name, footer.epoch, footer.encrypted, footer.salt.hex())
+
+
+def footer_rows(footer: Footer, number: int = 0) -> NDArray[np.void]:
+    """The rows that a pack has in a segment that lists it as pack `number`."""
+    rows = np.zeros(len(footer.records), _RECORD)
+    for field in ("id", "offset", "stored", "plain", "codec"):
+        rows[field] = footer.records[field]
+    rows["pack"] = number
+    return rows
 
 
 def build_segment(footers: Sequence[Footer]) -> bytes:
     """The segment of these packs."""
-    packs = [IndexedPack(footer.name, footer.epoch, footer.encrypted, footer.salt.hex()) for footer in footers]
-    rows = np.zeros(sum(len(footer.records) for footer in footers), _RECORD)
-    at = 0
-    for number, footer in enumerate(footers):
-        part = rows[at : at + len(footer.records)]
-        for field in ("id", "offset", "stored", "plain", "codec"):
-            part[field] = footer.records[field]
-        part["pack"] = number
-        at += len(footer.records)
-    header = records.canonical(_SegmentHeader(packs, len(rows)))
-    return _HEAD.pack(_MAGIC, 1, len(header)) + header + rows.tobytes()
+    rows = [footer_rows(footer, number) for number, footer in enumerate(footers)]
+    header = records.canonical(_SegmentHeader([indexed_pack(footer) for footer in footers], sum(map(len, rows))))
+    return _HEAD.pack(_MAGIC, 1, len(header)) + header + b"".join(part.tobytes() for part in rows)
+
+
+def read_segment(data: bytes, name: str, keys: Keys | None) -> tuple[list[IndexedPack], NDArray[np.void]]:
+    """The packs and rows of a segment; `Corrupt` when it isn't what its name says."""
+    if segment_name(data, keys) != name:
+        raise Corrupt(f"index segment {name[:16]} does not have the hash that its name promises.")
+    magic, version, header_bytes = _HEAD.unpack_from(data) if len(data) >= _HEAD.size else (b"", 0, 0)
+    if magic != _MAGIC or version != 1 or _HEAD.size + header_bytes > len(data):
+        raise Corrupt(f"index segment {name[:16]} is not one that this version can read.")
+    body = _HEAD.size + header_bytes
+    header = records.parse(data[_HEAD.size : body], _SegmentHeader, f"index segment {name[:16]}")
+    if header.records * _RECORD.itemsize != len(data) - body:
+        raise Corrupt(f"index segment {name[:16]} has not the length that it says.")
+    rows = np.frombuffer(data, _RECORD, offset=body).copy()
+    if len(rows) and (int(rows["pack"].max()) >= len(header.packs) or int(rows["plain"].max()) > CHUNK_BYTES_MAX):
+        raise Corrupt(f"index segment {name[:16]} names packs that it does not list.")
+    return header.packs, rows
 
 
 def segment_name(data: bytes, keys: Keys | None) -> str:

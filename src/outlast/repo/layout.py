@@ -77,7 +77,7 @@ class Window:
         return self._piece[at : at + length]
 
     def get_many(self, ranges: Sequence[tuple[int, int]], *, gap: int = 4096, limit: int = 1 << 20) -> list[bytes]:
-        """The bytes of ascending (offset, length) ranges; those at most `gap` bytes apart are read at once."""
+        """The bytes of ascending (offset, length) ranges; close ones are read at once."""
         pieces: list[bytes] = []
         first = 0
         while first < len(ranges):

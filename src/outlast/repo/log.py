@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,12 @@ from outlast.store.base import ObjectStore
 ENTRY_BYTES_MAX = 256 << 20
 STATE_EVERY = 64
 _APPEND_TRIES = 10
+_READ_AHEAD = 256
+_ENTRY_NAME = re.compile(r"log/[0-9]{20}")
+_MISSING_HINT = (
+    "Everything else can still be read. Copy the object back from a replica if there is one: it is small "
+    "and never changes. `outlast check` tells what is affected."
+)
 
 SNAPSHOT = "snapshot"
 PACKS = "packs"
@@ -69,13 +76,17 @@ def entry_name(seq: int) -> str:
     return f"log/{seq:020d}"
 
 
+def state_name(seq: int) -> str:
+    return f"state/{seq:020d}"
+
+
 class Log:
     """The entries of one repository and the state they fold to. Not for use by several threads."""
 
     def __init__(self, store: ObjectStore, keys: Keys | None, anchor: str, clock: Clock, sink: EventSink) -> None:
         self._store = store
         self._keys = keys
-        self._anchor = anchor
+        self.anchor = anchor
         self._clock = clock
         self._sink = sink
         self._state_seq = 0
@@ -83,7 +94,7 @@ class Log:
 
     def load(self) -> None:
         """Read the newest usable state and every entry after it."""
-        self.state = self._newest_state() or State(0, self._anchor)
+        self.state = self._newest_state() or State(0, self.anchor)
         self._state_seq = self.state.seq
         self.refresh()
 
@@ -93,28 +104,47 @@ class Log:
         A listing may lag behind, so reading goes on past it until a number is really absent.
         """
         fresh: list[LogEntry] = []
-        names = [info.name for info in self._store.list("log/", after=entry_name(self.state.seq))]
-        for data in self._read_many(names):
+        listed = self.listed(after=self.state.seq)
+        for seq, data in zip(listed, self.read_many(listed), strict=True):
+            if seq != self.state.seq + 1 or data is None:
+                break
             fresh.append(self._fold(data))
         while True:
             try:
-                fresh.append(self._fold(self._store.get(entry_name(self.state.seq + 1))))
+                data = self._store.get(entry_name(self.state.seq + 1))
             except NotFound:
-                return fresh
+                break
+            fresh.append(self._fold(data))
+        if listed and listed[-1] > self.state.seq:
+            raise Corrupt(f"log entry {self.state.seq + 1} is missing; later entries exist.", hint=_MISSING_HINT)
+        return fresh
 
-    def _read_many(self, names: list[str]) -> Iterator[bytes]:
-        if len(names) < 8:
-            yield from map(self._store.get, names)
+    def listed(self, after: int = 0) -> list[int]:
+        """The numbers of the entries that the store lists, ascending."""
+        names = (info.name for info in self._store.list("log/", after=entry_name(after)))
+        return [int(name[4:]) for name in names if _ENTRY_NAME.fullmatch(name)]
+
+    def read_many(self, seqs: list[int]) -> Iterator[bytes | None]:
+        """The stored bytes of these entries; None for one that is missing."""
+        if len(seqs) < 8:
+            yield from map(self._read, seqs)
             return
         with ThreadPoolExecutor(self._store.capabilities.concurrency) as pool:
-            yield from pool.map(self._store.get, names)
+            for at in range(0, len(seqs), _READ_AHEAD):
+                yield from pool.map(self._read, seqs[at : at + _READ_AHEAD])
+
+    def _read(self, seq: int) -> bytes | None:
+        try:
+            return self._store.get(entry_name(seq))
+        except NotFound:
+            return None
 
     def _fold(self, data: bytes) -> LogEntry:
         entry = self.parse(data, self.state.seq + 1)
         if entry.prev_hash != self.state.head_hash:
             raise Corrupt(
                 f"log entry {entry.seq} does not chain to the entry before it: one of the two was changed.",
-                hint="Run `outlast check`; every snapshot of the entries before it is still there.",
+                hint=_MISSING_HINT,
             )
         self.state.apply(entry, seal.digest(data).hex())
         return entry
@@ -125,23 +155,12 @@ class Log:
         try:
             if self._keys is not None:
                 data = seal.open_object(self._keys, name, data)
-            entry = records.parse(data, LogEntry, f"log entry {seq}")
+            entry = records.parse_object(data, LogEntry, f"log entry {seq}")
         except Corrupt as exc:
-            raise Corrupt(
-                exc.message, hint="Copy this object back from a replica; it is small and never changes."
-            ) from exc
+            raise Corrupt(exc.message, hint=_MISSING_HINT) from exc
         if entry.seq != seq:
             raise Corrupt(f"{name} holds entry {entry.seq}: objects of the log were swapped.")
         return entry
-
-    def entries(self) -> Iterator[tuple[LogEntry, str]]:
-        """Every entry from the first, with the hash of its stored bytes; no state is trusted."""
-        for seq in range(1, self.state.seq + 1):
-            try:
-                data = self._store.get(entry_name(seq))
-            except NotFound as exc:
-                raise Corrupt(f"log entry {seq} is missing; later entries exist.") from exc
-            yield self.parse(data, seq), seal.digest(data).hex()
 
     def append(self, kind: str, make_body: Callable[[State], dict[str, Any]]) -> LogEntry:
         """Commit an entry. `make_body` is asked again with the new state each time another got in first.
@@ -187,18 +206,17 @@ class Log:
         )
 
     def _encode(self, entry: LogEntry) -> bytes:
-        data = records.canonical(entry)
+        data = records.canonical_object(entry)
         if self._keys is None:
-            return data + b"\n"
+            return data
         return seal.seal_object(self._keys, entry_name(entry.seq), data, self._clock.random_bytes(seal.SALT_BYTES))
 
     def save_state(self) -> None:
         """Write `state/<seq>` when enough entries came since the last one. Failing to is no failure."""
         if self.state.seq - self._state_seq < STATE_EVERY:
             return
-        name = f"state/{self.state.seq:020d}"
-        data = records.canonical(self.state)
-        data = seal.digest(data).hex().encode() + b"\n" + data
+        name = state_name(self.state.seq)
+        data = records.canonical_object(self.state)
         if self._keys is not None:
             data = seal.seal_object(self._keys, name, data, self._clock.random_bytes(seal.SALT_BYTES))
         try:
@@ -210,7 +228,7 @@ class Log:
     def _newest_state(self) -> State | None:
         for info in sorted(self._store.list("state/"), key=lambda info: info.name, reverse=True):
             try:
-                return self._read_state(info.name)
+                return self.read_state(info.name)
             except (Corrupt, NotFound) as exc:
                 self._sink.event(
                     Event(
@@ -220,15 +238,16 @@ class Log:
                 )
         return None
 
-    def _read_state(self, name: str) -> State:
+    def read_state(self, name: str) -> State:
+        """A state object; `Corrupt` unless it is whole and its head is the hash of that entry as it is now."""
         data = self._store.get(name)
         if self._keys is not None:
             data = seal.open_object(self._keys, name, data)
-        hashed, _, body = data.partition(b"\n")
-        if seal.digest(body).hex().encode() != hashed:
-            raise Corrupt(f"{name} does not have the hash it names.")
-        state = records.parse(body, State, name)
-        if seal.digest(self._store.get(entry_name(state.seq))).hex() != state.head_hash:
+        state = records.parse_object(data, State, name)
+        if (
+            name != state_name(state.seq)
+            or seal.digest(self._store.get(entry_name(state.seq))).hex() != state.head_hash
+        ):
             raise Corrupt(f"{name} does not belong to this log.")
         return state
 

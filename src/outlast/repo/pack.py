@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from outlast.errors import Corrupt
 from outlast.repo import codec as codecs
-from outlast.repo.seal import ChunkSealer, Keys, digest
+from outlast.repo.seal import TAG_BYTES, ChunkSealer, Keys, digest
 
 HEADER = struct.Struct("<8sHHI32s16x")
 TRAILER = struct.Struct("<64sIIQ32s8s8x")
@@ -144,6 +144,7 @@ def parse_footer(tail: bytes, name: str, size: int) -> Footer:
         or int(ends.max()) > table_offset
         or bool((records["offset"][1:] < ends[:-1]).any())
         or int(records["plain"].max()) > CHUNK_BYTES_MAX
+        or int(records["stored"].max()) > CHUNK_BYTES_MAX + TAG_BYTES
     ):
         raise Corrupt(f"the footer of pack {name[:16]} describes chunks outside of it.")
     return Footer(name, epoch, bool(flags & _ENCRYPTED), salt, records)

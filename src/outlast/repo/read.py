@@ -105,32 +105,38 @@ def _fetch_range(repository: Repository, part: _Range, deliver: Deliver, failed:
         [data] = repository.store.get_ranges(name, [(part.start, part.end - part.start)])
     except (NotFound, Corrupt) as exc:
         lost = Corrupt(f"pack {part.pack[:16]} is missing or cut short: {exc.message}", hint=f"The object is {name}.")
-        return _one_by_one(repository, part, deliver, failed, lost)
+        return _one_by_one(repository, part.chunks, deliver, failed, lost)
+    total = Fetched(0, part.end - part.start)
     view = memoryview(data)
     for chunk, location in part.chunks:
         at = location.offset - part.start
         try:
             plain = repository.open_chunk(chunk, location, view[at : at + location.stored_bytes])
-        except OutlastError as exc:
-            if failed is None:
-                raise
-            failed(chunk, exc)
+        except Corrupt as exc:
+            again = _one_by_one(repository, [(chunk, location)], deliver, failed, exc)
+            total.chunks += again.chunks
+            total.bytes += again.bytes
             continue
         deliver(chunk, plain)
-    return Fetched(len(part.chunks), part.end - part.start)
+        total.chunks += 1
+    return total
 
 
 def _one_by_one(
-    repository: Repository, part: _Range, deliver: Deliver, failed: Failed | None, lost: Corrupt
+    repository: Repository,
+    chunks: list[tuple[bytes, Location]],
+    deliver: Deliver,
+    failed: Failed | None,
+    lost: Corrupt,
 ) -> Fetched:
-    """A pack cut short may still hold the front part of the range."""
-    if failed is None:
-        raise lost
+    """A pack cut short may still hold the front part of a range, and another pack a second copy."""
     total = Fetched()
-    for chunk, location in part.chunks:
+    for chunk, location in chunks:
         try:
             plain = repository.get_chunk(chunk)
         except OutlastError as exc:
+            if failed is None:
+                raise exc from lost
             failed(chunk, exc)
             continue
         deliver(chunk, plain)

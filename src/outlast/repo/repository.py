@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Literal
 
 import msgspec
@@ -27,14 +28,15 @@ from outlast.errors import (
 )
 from outlast.events import NULL_SINK, Event, EventSink
 from outlast.records import FORMAT_VERSION, Chunking, ChunkRef, Encryption, Entry, Format, PackRef, Snapshot
-from outlast.repo import codec, pack, seal
+from outlast.repo import chain, codec, pack, seal
+from outlast.repo.chain import Walk
 from outlast.repo.index import Index, IndexedPack, Location
 from outlast.repo.log import Log, State
 from outlast.repo.pack import Footer
 from outlast.repo.read import Fetched, fetch
 from outlast.repo.seal import ChunkSealer, Keys
 from outlast.repo.write import Writer
-from outlast.store.base import ObjectStore
+from outlast.store.base import ObjectInfo, ObjectStore
 
 FEATURES: list[str] = []
 """Mandatory features this version knows beyond format version 1: none yet."""
@@ -101,7 +103,7 @@ class Repository:
         The key slot is written first and `format` last: its creation is the creation of the
         repository, and of two that try at once exactly one wins.
         """
-        if _get_or_none(store, "format") is not None:
+        if _get_or_none(store, "format") is not None or next(store.list("log/"), None) is not None:
             raise Refused(f"{store.url} holds a repository already; nothing was changed.")
         created = records.time_text(clock.now_ns())
         repository_id = clock.random_bytes(16)
@@ -112,7 +114,7 @@ class Repository:
                 raise InvalidInput("the passphrase is empty; nothing was made.")
             keys = seal.new_keys(repository_id, clock.random_bytes(2 * seal.KEY_BYTES))
             slot = seal.wrap_keys(keys, passphrase, clock.random_bytes(seal.SALT_BYTES), created)
-            store.put_if_absent(f"keys/{clock.random_bytes(16).hex()}", [records.canonical(slot)])
+            store.put_if_absent(f"keys/{clock.random_bytes(16).hex()}", [records.canonical_object(slot)])
         form = Format(
             magic="outlast repository",
             version=FORMAT_VERSION,
@@ -124,7 +126,7 @@ class Repository:
             pack_bytes=pack_bytes,
             encryption=Encryption() if keys else None,
         )
-        data = records.canonical(form) + b"\n"
+        data = records.canonical_object(form)
         try:
             store.put_if_absent("format", [data])
         except Exists as exc:
@@ -144,14 +146,61 @@ class Repository:
 
         Raises `NoRepository`, `WrongKey`, `Refused` (a newer format), `Corrupt` or `Unavailable`.
         """
+        repository = cls.connect(store, secret=secret, clock=clock, sink=sink)
+        repository.log.load()
+        return repository
+
+    @classmethod
+    def open_damaged(
+        cls,
+        store: ObjectStore,
+        *,
+        secret: Secret | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+        sink: EventSink = NULL_SINK,
+    ) -> Repository:
+        """Open, for reading, a repository whose log has damaged entries: they are told as events and skipped.
+
+        Commits to such a repository fail with `Corrupt` before anything is added to its log.
+        """
+        repository = cls.connect(store, secret=secret, clock=clock, sink=sink)
+        found = chain.walk(store, repository.log)
+        for damage in found.damage:
+            sink.event(Event("log.damaged", damage.problem, {"object": damage.object}))
+        repository.adopt(found)
+        return repository
+
+    def adopt(self, found: Walk) -> None:
+        """Go by what a walk of the log found. Packs that only a lost entry named are taken from the store."""
+        self.log.state = found.state
+        if not found.lost:
+            return
+        for info in self.store.list("packs/"):
+            name = info.name.rpartition("/")[2]
+            if name not in self.state.packs and info.name == pack_name(name):
+                self.state.packs[name] = PackRef(name, info.size_bytes, 0)
+
+    @classmethod
+    def connect(
+        cls,
+        store: ObjectStore,
+        *,
+        secret: Secret | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+        sink: EventSink = NULL_SINK,
+    ) -> Repository:
+        """What `open` does without reading the log: no snapshot and no pack is known yet."""
         data = _get_or_none(store, "format")
         if data is None:
+            if next(store.list("log/"), None) is not None:
+                raise Corrupt(
+                    f"the object `format` of {store.url} is missing, but the repository's log is there.",
+                    hint="Copy `format` back from a replica: it is small and never changes.",
+                )
             raise NoRepository(f"there is no repository at {store.url}.", hint="Make one with `outlast init`.")
         form = _parse_format(data, store.url)
         keys = _open_keys(store, form, secret) if form.encryption else None
-        repository = cls(store, form, keys, seal.digest(data).hex(), clock, sink)
-        repository.log.load()
-        return repository
+        return cls(store, form, keys, seal.digest(data).hex(), clock, sink)
 
     # -- snapshots -------------------------------------------------------------------------------
 
@@ -221,6 +270,11 @@ class Repository:
         self._indexed = True
         return self.index
 
+    def use_index(self, index: Index) -> None:
+        """Look chunks up in this index, which the caller has verified, instead of loading one."""
+        self.index = index
+        self._indexed = True
+
     def _read_many(self, refs: list[PackRef]) -> list[Footer | None]:
         if len(refs) < 8:
             return [self._footer_or_none(ref) for ref in refs]
@@ -262,7 +316,11 @@ class Repository:
         location = self.index.get(chunk)
         if location is None:
             return False
-        name = location.pack.name
+        if self._is_present(location.pack.name):
+            return True
+        return any(self._is_present(copy.pack.name) for copy in self.index.copies(chunk))
+
+    def _is_present(self, name: str) -> bool:
         present = self._present.get(name)
         if present is None:
             present = self._pack_is_whole(name)
@@ -291,10 +349,22 @@ class Repository:
         return False
 
     def get_chunk(self, chunk: bytes) -> bytes | memoryview:
-        """The verified plain bytes of a chunk."""
-        location = self.locate(chunk)
-        [stored] = self.store.get_ranges(pack_name(location.pack.name), [(location.offset, location.stored_bytes)])
-        return self.open_chunk(chunk, location, stored)
+        """The verified plain bytes of a chunk. Where one copy is damaged and there is another, that one's."""
+        first = self.locate(chunk)
+        failure: OutlastError | None = None
+        for location in [first, *(copy for copy in self.index.copies(chunk) if copy != first)]:
+            name = pack_name(location.pack.name)
+            try:
+                [stored] = self.store.get_ranges(name, [(location.offset, location.stored_bytes)])
+                return self.open_chunk(chunk, location, stored)
+            except Corrupt as exc:
+                failure = failure or exc
+            except NotFound:
+                failure = failure or Corrupt(
+                    f"pack {location.pack.name[:16]} is missing.", hint=f"The object is {name}."
+                )
+        assert failure is not None
+        raise failure
 
     def open_chunk(self, chunk: bytes, location: Location, stored: bytes | memoryview) -> bytes | memoryview:
         """Stored bytes -> plain bytes; `Corrupt` unless they hash to the chunk's id."""
@@ -394,7 +464,7 @@ class _Version(msgspec.Struct):
 
 def _parse_format(data: bytes, url: str) -> Format:
     what = f"the object `format` of {url}"
-    head = records.parse(data, _Version, what)
+    head = records.parse(data, _Version, what)  # before the hash: a newer version may end differently
     if head.magic != "outlast repository":
         raise Corrupt(f"{what} is not that of an outlast repository.")
     unknown = sorted(set(head.features) - set(FEATURES))
@@ -404,7 +474,14 @@ def _parse_format(data: bytes, url: str) -> Format:
             f"the repository at {url} is of format {needs}; this program knows version {FORMAT_VERSION}.",
             hint="Upgrade outlast.",
         )
-    return records.parse(data, Format, what)
+    return records.parse_object(data, Format, what)
+
+
+def read_slot(store: ObjectStore, info: ObjectInfo) -> seal.KeySlot:
+    """A key slot; `Corrupt` names it."""
+    if info.size_bytes > _FORMAT_BYTES_MAX:
+        raise Corrupt(f"{info.name} is far too large to be a key.")
+    return records.parse_object(store.get(info.name), seal.KeySlot, info.name)
 
 
 def _open_keys(store: ObjectStore, form: Format, secret: Secret | None) -> Keys:
@@ -415,16 +492,23 @@ def _open_keys(store: ObjectStore, form: Format, secret: Secret | None) -> Keys:
         )
     passphrase = secret()
     best: Keys | None = None
-    for number, info in enumerate(store.list("keys/")):
-        if number >= _SLOTS_MAX or info.size_bytes > _FORMAT_BYTES_MAX:
-            break
+    damaged: list[str] = []
+    slots = list(islice(store.list("keys/"), _SLOTS_MAX))
+    for info in slots:
         try:
-            slot = records.parse(store.get(info.name), seal.KeySlot, info.name)
+            slot = read_slot(store, info)
         except Corrupt:
-            continue  # a damaged slot must not keep a good one from opening
+            damaged.append(info.name)  # a damaged slot must not keep a good one from opening
+            continue
         keys = seal.unwrap_keys(slot, passphrase)
         if keys and keys.repository.hex() == form.id and (best is None or keys.epoch > best.epoch):
             best = keys
+    if best is None and (damaged or not slots):
+        what = f"{', '.join(damaged)} can't be read" if damaged else "all of keys/ is missing"
+        raise Corrupt(
+            f"no key of the repository at {store.url} was opened, and {what}; nothing was touched.",
+            hint="Copy the key back from a replica: it is small and never changes.",
+        )
     if best is None:
         raise WrongKey(f"this passphrase opens no key of the repository at {store.url}; nothing was touched.")
     return best

@@ -30,7 +30,7 @@ _INNER_TAIL_BYTES = 16 << 10
 _DIRECTORY_BYTES_MAX = 64 << 20
 _ENTRIES_MAX = 1 << 18
 _ARCHIVES_MAX = 1 << 16
-_PICKLE_BYTES_MAX = 128 << 20
+_PICKLE_BYTES_MAX = 64 << 20
 # A view that repeats elements (`expand`) may be larger than its file, but not without bound.
 _EXPANDED_BYTES_MAX = 1 << 30
 
@@ -165,20 +165,12 @@ def _directory(window: Window, end: int, tail: int) -> _Directory:
 
 
 def _archive(window: Window, directory: _Directory) -> _Archive:
-    listed = sorted(
-        _listed(window.get(directory.start, directory.length), directory), key=lambda each: each.header
-    )
+    listed = sorted(_listed(window.get(directory.start, directory.length), directory), key=lambda each: each.header)
     ranges = [(each.header, _LOCAL.size + len(each.name)) for each in listed]
     members = []
     for each, local in zip(listed, window.get_many(ranges), strict=True):
         magic, _, flags, method, *_, name_bytes, extra_bytes = _LOCAL.unpack_from(local)
-        if (
-            magic != MAGIC
-            or flags & 1
-            or method
-            or local[_LOCAL.size :] != each.name
-            or name_bytes != len(each.name)
-        ):
+        if magic != MAGIC or flags & 1 or method or local[_LOCAL.size :] != each.name or name_bytes != len(each.name):
             raise Malformed("a member is not what the directory says")
         offset = each.header + len(local) + extra_bytes
         members.append(_Member(each.header, each.name, offset, each.length))
@@ -196,11 +188,11 @@ def _by_role(members: list[_Member]) -> _Archive:
     if len(pickles) != 1 or len(by_name) != len(members):
         raise Malformed("not an archive of torch")
     root = pickles[0].removesuffix(b"data.pkl")
-    data = root + b"data/"
+    folder = root + b"data/"
     storages = {
-        name.removeprefix(data).decode("utf-8", "replace"): member
+        name.removeprefix(folder).decode("utf-8", "replace"): member
         for name, member in by_name.items()
-        if name.startswith(data)
+        if name.startswith(folder)
     }
     return _Archive(by_name[pickles[0]], storages, by_name.get(root + b"byteorder"))
 
@@ -243,9 +235,7 @@ def _wide(extra: bytes, length: int, stored: int, header: int) -> tuple[int, int
         size = int.from_bytes(extra[at + 2 : at + 4], "little")
         at += 4
         if kind == 1:
-            values = [
-                int.from_bytes(extra[each : each + 8], "little") for each in range(at, at + size - 7, 8)
-            ]
+            values = [int.from_bytes(extra[each : each + 8], "little") for each in range(at, at + size - 7, 8)]
             for which, field in enumerate(fields):
                 if field == 0xFFFFFFFF:
                     if not values:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ SCHEMES = ("s3", "gs", "az")
 COMPARE_BYTES = 8 << 20
 SINGLE_PUT_BYTES_MAX = 64 << 20
 LIST_PAGE = 1000
+GAP_BYTES = 1 << 20
+OFFSET_MAX = 1 << 62
 
 # One request may carry a whole pack over a slow line, so it is given minutes; obstore's own retries
 # only bridge a hiccup, because RetryStore sees to the rest with the read-back rule.
@@ -62,9 +65,7 @@ class CloudStore:
 
         parts = urlsplit(url)
         if parts.scheme not in SCHEMES or not parts.netloc:
-            raise InvalidInput(
-                f"{_scrub(url)!r} is not a bucket; write s3://BUCKET/PREFIX, gs://… or az://…."
-            )
+            raise InvalidInput(f"{_scrub(url)!r} is not a bucket; write s3://BUCKET/PREFIX, gs://… or az://….")
         if "@" in parts.netloc or parts.query or parts.fragment:
             raise InvalidInput(
                 "The URL of a store must hold nothing but bucket and prefix; nothing was contacted.",
@@ -83,7 +84,7 @@ class CloudStore:
             self._store: Any = from_url(self._url, client_options=options, retry_config=_RETRY_CONFIG)
         except self._errors as exc:
             raise InvalidInput(
-                f"{self._url} can't be opened: {_reason(exc)}. Nothing was contacted.",
+                f"{self._url} can't be opened: {_reply(exc)[1]}. Nothing was contacted.",
                 hint="Check the environment variables with the account, region and endpoint of the store.",
             ) from None
 
@@ -157,32 +158,35 @@ class CloudStore:
         return content
 
     def get_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        asked = [(offset, length) for offset, length in ranges if length]
-        if len(asked) < len(ranges) or any(offset < 0 or length < 0 for offset, length in asked):
+        if any(offset < 0 or length <= 0 or offset + length > OFFSET_MAX for offset, length in ranges):
             self._check_ranges(name, ranges)
-        if not asked:
+        spans = _merged(ranges)
+        if not spans:
             return [b""] * len(ranges)
         try:
             replies = self._api.get_ranges(
                 self._store,
                 check_name(name),
-                starts=[offset for offset, _ in asked],
-                lengths=[length for _, length in asked],
+                starts=[start for start, _ in spans],
+                lengths=[end - start for start, end in spans],
             )
         except self._errors as exc:
             error = _translate(exc, "read", name, self._url)
             if not isinstance(error, NotFound):
                 self._check_ranges(name, ranges)  # past the end: then that is what to say
             raise error from None
-        found = [reply.to_bytes() for reply in replies]
-        for (offset, length), content in zip(asked, found, strict=True):
-            if len(content) != length:
+        blocks = [memoryview(reply) for reply in replies]
+        for (start, end), block in zip(spans, blocks, strict=True):
+            if len(block) != end - start:
                 self._check_ranges(name, ranges)
-                raise Unavailable(
-                    f"{name}: of {length} bytes from {offset} on only {len(content)} came back."
-                )
-        pieces = iter(found)
-        return [next(pieces) if length else b"" for _, length in ranges]
+                raise Unavailable(f"{name}: of bytes {start} to {end} only the first {len(block)} came back.")
+        starts = [start for start, _ in spans]
+        found = []
+        for offset, length in ranges:
+            number = max(0, bisect_right(starts, offset) - 1)
+            begin = offset - starts[number]
+            found.append(bytes(blocks[number][begin : begin + length]) if length else b"")
+        return found
 
     def _check_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> None:
         size_bytes = self.stat(name).size_bytes
@@ -211,9 +215,7 @@ class CloudStore:
         """
         offset = max(filter(_is_legal, (after, prefix[:-1])), default=None)
         try:
-            pages = self._api.list(
-                self._store, folder.rstrip("/") or None, offset=offset, chunk_size=LIST_PAGE
-            )
+            pages = self._api.list(self._store, folder.rstrip("/") or None, offset=offset, chunk_size=LIST_PAGE)
             for page in pages:
                 for meta in page:
                     info = _info(meta)
@@ -230,6 +232,23 @@ class CloudStore:
             return
         except self._errors as exc:
             raise _translate(exc, "delete", name, self._url) from None
+
+
+def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The ranges as few (start, end) to ask for, joined over gaps that cost less than a request.
+
+    obstore joins ranges over the same gap by itself, but panics when one of a joined span begins
+    behind the end of the object; so it only gets spans that it leaves alone.
+    """
+    spans: list[tuple[int, int]] = []
+    for offset, length in sorted(ranges):
+        if not length:
+            continue
+        if spans and offset - spans[-1][1] <= GAP_BYTES:
+            spans[-1] = spans[-1][0], max(spans[-1][1], offset + length)
+        else:
+            spans.append((offset, offset + length))
+    return spans
 
 
 def _is_legal(name: str) -> bool:
@@ -249,39 +268,38 @@ def _scrub(text: str) -> str:
     return _URL_SECRETS.sub("", text)
 
 
-def _reason(exc: Exception) -> str:
-    """What the store said, short and without secrets: status and code where there are any."""
+def _reply(exc: Exception) -> tuple[int, str]:
+    """What came back: the HTTP status (0 where there was no reply) and a short reason without secrets."""
     text = str(exc).split("\n\nDebug source", 1)[0]
     status, code = _STATUS.search(text), _CODE.search(text)
     if status:
-        return f"HTTP {status[1]}" + (f" {code[1]}" if code else "")
-    return _scrub(" ".join(text.split()))[:300].rstrip(". ")
+        return int(status[1]), f"HTTP {status[1]}" + (f" {code[1]}" if code else "")
+    return 0, _scrub(" ".join(text.split()))[:300].rstrip(". ")
 
 
 def _translate(exc: Exception, action: str, name: str, url: str) -> OutlastError:
     """The one place where obstore's exceptions become ours. Callers cut the chain: it holds URLs."""
     from obstore import exceptions as theirs
 
-    reason = _reason(exc)
-    if any(code in reason for code in _FULL_CODES) or "HTTP 507" in reason:
+    status, reason = _reply(exc)
+    if status == 507 or any(code in reason for code in _FULL_CODES):
         return StoreFull(
             f"{url} has no room left to {action} {name} ({reason}). What was stored before is unchanged.",
             hint="Free space or raise the quota, then run the same command again.",
         )
-    if isinstance(exc, FileNotFoundError) or "HTTP 404" in reason:
+    if isinstance(exc, FileNotFoundError) or status == 404:
         if "NoSuchBucket" in reason or action in {"write", "list"}:
             return NotFound(f"The bucket of {url} does not exist.", hint="Create it, or correct the URL.")
         return NotFound(f"There is no object {name} in {url}.")
     if isinstance(exc, theirs.AlreadyExistsError | theirs.PreconditionError):
         return Exists(f"{name} may already exist ({reason}).")
-    status = int(reason[5:8]) if reason.startswith("HTTP ") else 0
     denied = isinstance(exc, theirs.PermissionDeniedError | theirs.UnauthenticatedError)
     if denied or (300 <= status < 500 and status not in _WORTH_RETRYING):
         return Refused(
             f"{url} does not let us {action} {name} ({reason}). Nothing was changed.",
             hint="Check the credentials in the environment and what they are allowed to do.",
         )
-    if isinstance(exc, theirs.NotSupportedError | NotImplementedError) or "HTTP 501" in reason:
+    if isinstance(exc, theirs.NotSupportedError | NotImplementedError) or status == 501:
         return Refused(
             f"{url} can't {action} {name} as asked ({reason}); it lacks conditional writes or ranges.",
             hint="`outlast doctor store URL` shows what this store does and does not do.",

@@ -224,9 +224,7 @@ class ReadOnlyStore(_Layer):
         raise self._refusal("deleted", name)
 
     def _refusal(self, action: str, name: str) -> Refused:
-        return Refused(
-            f"{self.url} was opened for reading only; it can't {action} {name}. Nothing was changed."
-        )
+        return Refused(f"{self.url} was opened for reading only; it can't {action} {name}. Nothing was changed.")
 
 
 class QuotaStore(_Layer):

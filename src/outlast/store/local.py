@@ -108,9 +108,7 @@ class Disk:
         try:
             os.fsync(fd)
         except OSError as exc:
-            if (
-                exc.errno != errno.EINVAL
-            ):  # some network file systems have no such call: the server answers for it
+            if exc.errno != errno.EINVAL:  # some network file systems have no such call: the server answers for it
                 raise
         finally:
             os.close(fd)
@@ -176,8 +174,13 @@ class LocalStore:
         try:
             start = self.local_path(folder[:-1]) if folder else self._root
         except InvalidInput:
-            return
-        yield from _walk(start, folder, prefix, after)
+            return  # no object can have such a name
+        if not self._is_below_link(folder):
+            yield from _walk(start, folder, prefix, after)
+
+    def _is_below_link(self, folder: str) -> bool:
+        ends = (number for number, character in enumerate(folder) if character == "/")
+        return any(os.path.islink(f"{self._root}/{folder[:end]}") for end in ends)
 
     def delete(self, name: str) -> None:
         """Remove the object. A power cut right after may bring it back."""
@@ -206,7 +209,8 @@ class LocalStore:
                 # Closed last: while the descriptor is open its inode tells whether a link was ours.
                 try:
                     if not moved:
-                        self._disk.unlink(temporary)
+                        with suppress(FileNotFoundError):
+                            self._disk.unlink(temporary)
                 finally:
                     self._disk.close(fd)
 
@@ -229,7 +233,7 @@ class LocalStore:
             except OSError as exc:
                 if exc.errno not in _NO_LINKS:
                     raise
-                self._disk.rename_noreplace(temporary, target)
+                self._rename_new(temporary, target)
                 return True
         except FileExistsError as exc:
             if _is_same_file(fd, target):
@@ -238,6 +242,18 @@ class LocalStore:
             self._disk.fsync_dir(os.path.dirname(target))
             raise Exists(f"{self._name(target)} already exists; it was left as it is.") from exc
         return False
+
+    def _rename_new(self, temporary: str, target: str) -> None:
+        try:
+            self._disk.rename_noreplace(temporary, target)
+        except OSError as exc:
+            if exc.errno not in {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}:
+                raise
+            raise Refused(
+                f"The file system of {self.url} has neither hard links nor a rename that spares what exists, so "
+                f"two writers could overwrite each other; {self._name(target)} was not written.",
+                hint="Put the store on a Linux file system such as ext4, XFS, Btrfs or ZFS.",
+            ) from exc
 
     def _publish_over(self, fd: int, temporary: str, target: str) -> bool:
         self._disk.replace(temporary, target)
@@ -440,11 +456,7 @@ def _walk(folder: str, base: str, prefix: str, after: str) -> Iterator[ObjectInf
     try:
         with _translated("list", base or "the store"), os.scandir(folder) as entries:
             found = sorted(
-                (
-                    (_sort_name(base, entry), entry)
-                    for entry in entries
-                    if _may_hold_objects(entry.name, base)
-                ),
+                ((_sort_name(base, entry), entry) for entry in entries if _may_hold_objects(entry.name, base)),
                 key=lambda pair: pair[0],
             )
     except NotFound:
@@ -504,13 +516,11 @@ def _translate(exc: OSError, action: str, name: str) -> OutlastError:
         )
     if code in _DENIED:
         return Refused(
-            f"The system does not let us {action} {name}: {reason}. Nothing was changed.",
+            f"The system does not let us {action} {name}: {reason}. What was stored before is unchanged.",
             hint="Check who owns the directory, its mode, and whether the disk is mounted read-only.",
         )
     if action == "write" and code in {errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST}:
         return InvalidInput(f"{name} can't be an object here: part of its name is taken by a file or folder.")
     if action != "write" and code in _ABSENT:
         return NotFound(f"There is no object {name}.")
-    return Unavailable(
-        f"The disk did not {action} {name}: {reason}.", hint="Check the disk and the system's log."
-    )
+    return Unavailable(f"The disk did not {action} {name}: {reason}.", hint="Check the disk and the system's log.")

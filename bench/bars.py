@@ -1,0 +1,105 @@
+"""What Outlast promises about speed, bytes and memory, and whether the measured runs keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
+
+Record = dict[str, Any]
+"""One measured run, as a line of the results file."""
+
+MEMORY_BYTES_MAX = 600_000_000
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One promise. `slower`: subject / against must be at most `limit`; `faster`: against / subject at
+    least `limit`; `seconds`: the subject's time at most `limit`; `added`: bytes added / bytes changed."""
+
+    row: str
+    subject: str
+    kind: Literal["slower", "faster", "seconds", "added"]
+    limit: float
+    against: str = ""
+
+    @property
+    def text(self) -> str:
+        if self.kind == "slower":
+            return f"at most {self.limit:g}x the time of {self.against}"
+        if self.kind == "faster":
+            return f"at least {self.limit:g}x faster than {self.against}"
+        if self.kind == "seconds":
+            return f"at most {self.limit:g} s"
+        return f"adds at most {self.limit:g}x the bytes that changed"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of a bar: the figure as a reader sees it; `kept` is None when it was not measured."""
+
+    bar: str
+    row: str
+    subject: str
+    figure: str
+    kept: bool | None
+
+
+BARS = (
+    Bar("first", "outlast none", "slower", 1.15, "cp + fsync"),
+    Bar("first", "outlast auto", "faster", 2.5, "restic"),
+    Bar("first", "outlast auto", "slower", 1.0, "borg"),
+    Bar("first", "outlast encrypted", "faster", 2.0, "restic"),
+    Bar("unchanged", "outlast auto", "seconds", 0.5),
+    Bar("onelayer", "outlast auto", "faster", 5.0, "restic"),
+    Bar("onelayer", "outlast auto", "added", 1.03),
+    Bar("onelayer-steps", "outlast auto", "faster", 5.0, "restic"),
+    Bar("onelayer-steps", "outlast auto", "added", 1.03),
+    Bar("restore", "outlast auto", "slower", 1.2, "read + write + fsync"),
+    Bar("restore", "outlast none", "slower", 1.2, "read + write + fsync"),
+    Bar("restore", "outlast auto", "faster", 1.0, "restic"),
+    Bar("restore", "outlast auto", "faster", 1.0, "borg"),
+    Bar("check", "outlast auto", "slower", 1.2, "plain read (auto)"),
+    Bar("check", "outlast none", "slower", 1.2, "plain read (none)"),
+    Bar("small-backup", "outlast auto", "slower", 1.0, "restic"),
+    Bar("small-restore", "outlast auto", "slower", 1.0, "restic"),
+    Bar("help", "outlast auto", "seconds", 0.2),
+)
+
+
+def times(records: Iterable[Record], row: str, contender: str) -> list[float]:
+    return [item["wall_seconds"] for item in records if item["row"] == row and item["contender"] == contender]
+
+
+def judge(records: list[Record]) -> list[Verdict]:
+    """Every bar, in the order of the list, and the one about memory at the end."""
+    verdicts = [judge_one(bar, records) for bar in BARS]
+    peaks = [item["rss_bytes"] for item in records if item["contender"].startswith("outlast")]
+    peak = max(peaks, default=0)
+    text = f"at most {MEMORY_BYTES_MAX / 1e6:.0f} MB at its peak"
+    kept = peak <= MEMORY_BYTES_MAX if peaks else None
+    return [*verdicts, Verdict(text, "every row", "outlast", f"{peak / 1e6:.0f} MB" if peaks else "", kept)]
+
+
+def judge_one(bar: Bar, records: list[Record]) -> Verdict:
+    subject = times(records, bar.row, bar.subject)
+    against = times(records, bar.row, bar.against)
+    figure, kept = "", None
+    if bar.kind == "added":
+        ratios = [
+            item["added_bytes"] / item["changed_bytes"]
+            for item in records
+            if item["row"] == bar.row and item["contender"] == bar.subject and item.get("changed_bytes")
+        ]
+        if ratios:
+            figure, kept = f"{median(ratios):.3f}x", median(ratios) <= bar.limit
+    elif bar.kind == "seconds":
+        if subject:
+            figure, kept = f"{median(subject):.2f} s", median(subject) <= bar.limit
+    elif subject and against:
+        slower = median(subject) / median(against)
+        ratio = slower if bar.kind == "slower" else 1 / slower
+        figure = f"{ratio:.2f}x"
+        kept = ratio <= bar.limit if bar.kind == "slower" else ratio >= bar.limit
+    return Verdict(bar.text, bar.row, bar.subject, figure, kept)

@@ -1,0 +1,449 @@
+"""What a restore would do: which entries, how many bytes, what is right already. Reads, changes nothing."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Literal
+
+import msgspec
+
+from outlast import records
+from outlast.backup.folder import Folder, Metadata
+from outlast.backup.selection import matcher
+from outlast.backup.verify import Place, holes_are_zero, wrong_places
+from outlast.errors import Corrupt, InvalidInput, NotFound, Refused
+from outlast.events import Event
+from outlast.records import Entry, Snapshot
+from outlast.repo.pack import CHUNK_BYTES_MAX
+from outlast.repo.repository import Repository, chunk_offsets
+
+BATCH_CHUNKS = 1 << 17
+BATCH_ENTRIES = 1 << 17
+HASHING_THREADS = 4
+_SIZE_MAX = (1 << 63) - 1
+_NAME_BYTES_MAX = 255
+
+Action = tuple[str, int, int, Literal["new", "repair", "present", "skipped"]]
+"""(path, bytes, bytes to fetch, what happens to it)"""
+
+Selected = tuple[bytes, Entry]
+
+
+class RestorePlan(msgspec.Struct):
+    """What `execute` will do. `bytes_to_fetch` counts a chunk once, at the first file that needs it."""
+
+    snapshot: Snapshot
+    target: bytes
+    files: int
+    bytes: int
+    bytes_present: int
+    bytes_to_fetch: int
+    kept_as: bytes | None
+    """where the folder that is there now would go"""
+    actions: list[Action]
+    include: list[str]
+    overwrite: bool
+    stamp: str
+    mode: Literal["new", "swap", "merge"]
+    """`swap`: the whole folder is replaced at one instant; `merge`: the chosen files inside it, one by one"""
+    right: set[bytes]
+    """paths that are in the target as they should be, metadata included; kept only for `merge`"""
+    reuse: set[bytes]
+    """files of the target of which at least a part is right"""
+    unchanged: bool
+    """the target is already what it should become"""
+
+    @property
+    def staging(self) -> bytes:
+        """The folder beside the target in which the restore is built, and continued when it was killed."""
+        return beside(self.target, f".outlast-{self.snapshot.id[:12]}")
+
+
+def beside(path: bytes, ending: str) -> bytes:
+    """The hidden name next to `path` that belongs to a restore to it."""
+    folder, _, name = path.rpartition(b"/")
+    return folder + b"/." + name[: _NAME_BYTES_MAX - 1 - len(ending)] + ending.encode()
+
+
+def kept_name(path: bytes, stamp: str) -> bytes:
+    """`PATH.before-<time>`, or the next free name like it."""
+    folder, _, name = path.rpartition(b"/")
+    for number in range(1, 1_000_000):
+        ending = f".before-{stamp}" + (f"-{number}" if number > 1 else "")
+        candidate = (folder + b"/" if folder else b"") + name[: _NAME_BYTES_MAX - len(ending)] + ending.encode()
+        if not os.path.lexists(candidate):
+            return candidate
+    raise Refused(f"{shown(path)} has a million kept copies beside it already; nothing was changed.")
+
+
+def stamp_text(now_ns: int) -> str:
+    """UTC to the second, fit for file names.
+
+    >>> stamp_text(1_750_000_000_000_000_000)
+    '20250615T150640Z'
+    """
+    return records.time_text(now_ns).split(".")[0].replace("-", "").replace(":", "") + "Z"
+
+
+def shown(path: bytes) -> str:
+    """A path as messages and reports show it."""
+    return records.path_text(path)
+
+
+def plan(
+    repository: Repository,
+    snapshot: Snapshot,
+    target: bytes | str,
+    *,
+    include: Sequence[str] = (),
+    overwrite: bool = False,
+) -> RestorePlan:
+    """Work out a restore of `snapshot` to the folder `target`, without changing anything.
+
+    A snapshot of one folder makes `target` that folder; one of files or of several folders puts
+    them into it. With `include`, or into a folder that the snapshot does not describe as a whole,
+    the chosen files are replaced one by one and everything else in the target stays.
+
+    Raises `InvalidInput`, `NotFound` (nothing fits `include`), `Refused` (a target that can't be
+    replaced safely) or `Corrupt` (a manifest that could reach outside the target).
+    """
+    path = os.path.realpath(os.fsencode(target))
+    exists = _check_target(path)
+    _warn_of_source(repository, snapshot, path)
+    entries = selected(repository, snapshot, include)
+    first = next(entries, None)
+    if include and (first is None or (first[0] == b"." and next(entries, None) is None)):
+        raise NotFound(
+            f"no file of snapshot {snapshot.id[:12]} fits {', '.join(include)}; nothing was changed.",
+            hint="`outlast show` lists the files.",
+        )
+    whole = not include and first is not None and first[0] == b"."
+    mode: Literal["new", "swap", "merge"] = "new" if not exists else "swap" if whole else "merge"
+    _check_repository(repository, path, mode)
+    if mode == "swap" and os.stat(path).st_dev != os.stat(os.path.dirname(path)).st_dev:
+        raise Refused(
+            f"{shown(path)} is a mount point, which can't be replaced at one instant; nothing was changed.",
+            hint="Restore into a folder inside it.",
+        )
+    stamp = stamp_text(repository.clock.now_ns())
+    replaced = mode == "swap" and not overwrite and bool(os.listdir(path))
+    result = RestorePlan(
+        snapshot, path, 0, 0, 0, 0, kept_name(path, stamp) if replaced else None, [], list(include),
+        overwrite, stamp, mode, set(), set(), False,
+    )  # fmt: skip
+    _Survey(repository, result).run()
+    if result.unchanged:
+        result.kept_as = None
+    return result
+
+
+def _check_target(path: bytes) -> bool:
+    """Whether the target exists; raises when it can't be one."""
+    if not os.path.basename(path):
+        raise Refused("the root of the file system can't be a target; nothing was changed.")
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise InvalidInput(
+            f"{shown(path)} is a file, not a folder; nothing was changed.",
+            hint="Give a folder, or a path that does not exist yet.",
+        )
+    parent = os.path.dirname(path)
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent):
+        raise InvalidInput(f"{shown(path)} can't be made: {shown(parent)} is not a folder. Nothing was changed.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise Refused(
+            f"the folder {shown(parent)} is read-only for this user; nothing was changed.",
+            hint="A restore is built beside its target. Choose another place, or change the folder's permissions.",
+        )
+    return os.path.isdir(path)
+
+
+def _check_repository(repository: Repository, path: bytes, mode: str) -> None:
+    local_path: Callable[[str], str] | None = getattr(repository.store, "local_path", None)
+    if local_path is None:
+        return
+    folder = os.path.realpath(os.path.dirname(os.fsencode(local_path("format"))))
+    if (path + b"/").startswith(folder + b"/"):
+        raise Refused(f"{shown(path)} lies inside the repository itself; nothing was changed.", hint="Choose another target.")
+    if mode == "swap" and (folder + b"/").startswith(path + b"/"):
+        raise Refused(
+            f"the repository lies inside {shown(path)}, which the restore would replace; nothing was changed.",
+            hint="Restore beside it, and move what you need.",
+        )
+
+
+def _warn_of_source(repository: Repository, snapshot: Snapshot, path: bytes) -> None:
+    if snapshot.host != socket.gethostname():
+        return
+    for source in snapshot.sources:
+        if path.startswith(os.path.realpath(os.fsencode(source)).rstrip(b"/") + b"/"):
+            reason = f"{shown(path)} lies inside {source}, which this snapshot was made from; the next backup will hold both."
+            repository.sink.event(Event("restore.target_in_source", reason, {"target": shown(path), "source": source}))
+
+
+def batches(entries: Iterator[Selected]) -> Iterator[list[Selected]]:
+    """Entries in runs that bound memory: by their number and by their chunks."""
+    batch: list[Selected] = []
+    chunks = 0
+    for item in entries:
+        batch.append(item)
+        chunks += len(item[1].chunks)
+        if chunks >= BATCH_CHUNKS or len(batch) >= BATCH_ENTRIES:
+            yield batch
+            batch, chunks = [], 0
+    if batch:
+        yield batch
+
+
+def selected(repository: Repository, snapshot: Snapshot, include: Sequence[str]) -> Iterator[Selected]:
+    """(path, entry) in `path_order`, checked; with `include` those that fit and the folders they are in.
+
+    A hard link that fits while its target does not takes the target's content over.
+    """
+    if not include:
+        yield from checked(repository, snapshot)
+        return
+    fits = matcher(include)
+    links = [each for each in checked(repository, snapshot) if each[1].type == "hardlink"]
+    wanted = {entry.raw_target for raw, entry in links if fits(raw) and not fits(entry.raw_target)}
+    originals: dict[bytes, Entry] = {}
+    moved: dict[bytes, str] = {}
+    folders: list[Selected] = []
+    for raw, entry in checked(repository, snapshot):
+        if raw == b".":
+            yield raw, entry
+        elif not fits(raw):
+            if raw in wanted:
+                originals[raw] = entry
+            if entry.type == "dir":
+                folders = [each for each in folders if raw.startswith(each[0] + b"/")] + [(raw, entry)]
+        else:
+            yield from (each for each in folders if raw.startswith(each[0] + b"/"))
+            folders = []
+            target = entry.raw_target
+            if entry.type == "hardlink" and target in moved:
+                entry = msgspec.structs.replace(entry, target=moved[target])
+            elif entry.type == "hardlink" and target in originals:
+                moved[target] = entry.path
+                entry = msgspec.structs.replace(originals[target], path=entry.path)
+            yield raw, entry
+
+
+def checked(repository: Repository, snapshot: Snapshot) -> Iterator[Selected]:
+    """The manifest, refused with `Corrupt` as soon as an entry could reach outside the target."""
+    last, root = b"", True
+    folders = [b""]
+    entries = repository.entries(snapshot)
+    while True:
+        try:
+            entry = next(entries, None)
+        except msgspec.DecodeError as exc:
+            raise Corrupt(f"the manifest of snapshot {snapshot.id[:12]} can't be read: {exc}.") from exc
+        if entry is None:
+            return
+        raw = entry.raw_path
+        if raw == b"." and root and entry.type == "dir":
+            root = False
+            yield raw, entry
+            continue
+        root = False
+        if not is_safe(raw):
+            raise _bad(snapshot, entry, "is not a path inside a folder")
+        order = records.path_order(raw)
+        if order <= last:
+            raise _bad(snapshot, entry, "is out of order or there twice")
+        last = order
+        head = raw.rpartition(b"/")[0]
+        while folders and folders[-1] != head:
+            folders.pop()
+        if not folders:
+            raise _bad(snapshot, entry, "lies in something that is not a folder of the snapshot")
+        if entry.type == "dir":
+            folders.append(raw)
+        elif entry.type == "file":
+            _check_content(snapshot, entry)
+        elif entry.type == "hardlink" and (not is_safe(entry.raw_target) or records.path_order(entry.raw_target) >= order):
+            raise _bad(snapshot, entry, f"is linked to {entry.target!r}, which is not an earlier file")
+        yield raw, entry
+
+
+def is_safe(raw: bytes) -> bool:
+    """Whether a path stays below the folder that it is relative to, as far as its text tells."""
+    if b"\0" in raw or not raw:
+        return False
+    return not any(part in (b"", b".", b"..") for part in raw.split(b"/"))
+
+
+def _check_content(snapshot: Snapshot, entry: Entry) -> None:
+    if len(entry.chunks) == 1 and not entry.holes:
+        chunk, length = entry.chunks[0]
+        if length == entry.size and 0 < length <= CHUNK_BYTES_MAX and _is_id(chunk):
+            return
+        raise _bad(snapshot, entry, "has chunks that don't make up its size")
+    at = 0
+    for offset, length in entry.holes:
+        if offset < at or length <= 0:
+            raise _bad(snapshot, entry, "has holes that overlap")
+        at = offset + length
+    total = sum(length for _, length in entry.chunks) + sum(length for _, length in entry.holes)
+    if total != entry.size or not at <= entry.size <= _SIZE_MAX:
+        raise _bad(snapshot, entry, "has chunks that don't make up its size")
+    if not all(0 < length <= CHUNK_BYTES_MAX and _is_id(chunk) for chunk, length in entry.chunks):
+        raise _bad(snapshot, entry, "names chunks that can't exist")
+    starts = {offset + length for offset, length in chunk_spans(entry)} | {0} | {a + b for a, b in entry.holes}
+    if any(offset not in starts for offset, _ in entry.holes):
+        raise _bad(snapshot, entry, "has a hole in the middle of a chunk")
+
+
+def chunk_spans(entry: Entry) -> Iterator[tuple[int, int]]:
+    """(offset, length) of each chunk."""
+    return ((offset, length) for offset, (_, length) in chunk_offsets(entry))
+
+
+def _is_id(chunk: str) -> bool:
+    try:
+        return len(chunk) == 64 and len(bytes.fromhex(chunk)) == 32
+    except ValueError:
+        return False
+
+
+def _bad(snapshot: Snapshot, entry: Entry, what: str) -> Corrupt:
+    return Corrupt(
+        f"the entry {entry.path[:200]!r} of snapshot {snapshot.id[:12]} {what}; nothing was replaced.",
+        hint="No backup writes such an entry. Restore an older snapshot, or parts of this one with `--include`.",
+    )
+
+
+class _Survey:
+    """Compares the selected entries with the target and with what a killed restore left."""
+
+    def __init__(self, repository: Repository, result: RestorePlan) -> None:
+        self._repository = repository
+        self._plan = result
+        self._metadata = Metadata()
+        self._target: Folder | None = None
+        self._staging: Folder | None = None
+        self._counted: set[str] = set()
+        self._found = 0
+        self._all_right = True
+
+    def run(self) -> None:
+        plan = self._plan
+        try:
+            if plan.mode != "new":
+                self._target = Folder(plan.target)
+            if os.path.isdir(plan.staging) and not os.path.islink(plan.staging):
+                self._staging = Folder(plan.staging)
+        except PermissionError as exc:
+            raise Refused(f"{shown(plan.target)} can't be read: {exc.strerror}; nothing was changed.") from exc
+        try:
+            with ThreadPoolExecutor(HASHING_THREADS, thread_name_prefix="hash") as pool:
+                for batch in batches(selected(self._repository, plan.snapshot, plan.include)):
+                    self._survey(batch, pool)
+            if self._target is not None and self._all_right:
+                plan.unchanged = plan.mode == "merge" or self._found == _count(plan.target)
+        finally:
+            for folder in (self._target, self._staging):
+                if folder is not None:
+                    folder.__exit__(None, None, None)
+
+    def _survey(self, batch: list[Selected], pool: ThreadPoolExecutor) -> None:
+        plan, keys = self._plan, self._repository.keys
+        looked = [(raw, entry, list(chunk_offsets(entry))) for raw, entry in batch if entry.type == "file"]
+        wrong: list[list[Place]] = [list(places) for _, _, places in looked]
+        if self._target is not None:
+            wrong = wrong_places(self._target, looked, keys, pool)
+            for (raw, _, places), bad in zip(looked, wrong, strict=True):
+                if len(bad) < len(places):
+                    plan.reuse.add(raw)
+        missing = wrong
+        if self._staging is not None:
+            rest = [(raw, entry, bad) for (raw, entry, _), bad in zip(looked, wrong, strict=True)]
+            missing = wrong_places(self._staging, rest, keys, pool)
+        contents = iter(zip(wrong, missing, strict=True))
+        for raw, entry in batch:
+            if entry.type == "file":
+                in_target, to_fetch = next(contents)
+                self._note_file(raw, entry, in_target, to_fetch)
+            else:
+                self._note_other(raw, entry)
+        for folder in (self._target, self._staging):
+            if folder is not None:
+                folder.release()
+
+    def _note_file(self, raw: bytes, entry: Entry, in_target: list[Place], to_fetch: list[Place]) -> None:
+        plan = self._plan
+        lacking = sum(length for _, (_, length) in to_fetch)
+        fetched = 0
+        for _, (chunk, length) in to_fetch:
+            if chunk not in self._counted:
+                self._counted.add(chunk)
+                fetched += length
+        present = not in_target and self._is_right(raw, entry)
+        if not present:
+            self._all_right = False
+        plan.files += 1
+        plan.bytes += entry.size
+        plan.bytes_present += entry.size - lacking if lacking < entry.size else 0
+        plan.bytes_to_fetch += fetched
+        new = lacking == entry.size and raw not in plan.reuse
+        plan.actions.append((entry.path, entry.size, fetched, "present" if present else "new" if new else "repair"))
+
+    def _note_other(self, raw: bytes, entry: Entry) -> None:
+        plan = self._plan
+        if entry.type == "unreadable":
+            plan.actions.append((entry.path, 0, 0, "skipped"))
+            self._found += self._target is not None and self._target.status(raw) is not None
+            return
+        present = self._is_right(raw, entry)
+        # The root and other folders of a merge keep what is in them, and so their own metadata.
+        if not present and not (plan.mode == "merge" and entry.type == "dir" and self._is_folder(raw)):
+            self._all_right = False
+        if entry.type == "hardlink":
+            plan.files += 1
+        if entry.type != "dir":
+            plan.actions.append((entry.path, 0, 0, "present" if present else "new"))
+
+    def _is_folder(self, raw: bytes) -> bool:
+        found = self._target.status(raw) if self._target is not None else None
+        return found is not None and stat.S_ISDIR(found.st_mode)
+
+    def _is_right(self, raw: bytes, entry: Entry) -> bool:
+        """Whether the target has this entry with its metadata; the bytes of files are looked at elsewhere."""
+        target = self._target
+        found = target.status(raw) if target is not None else None
+        if target is None or found is None:
+            return False
+        self._found += raw != b"."
+        kinds = {"file": stat.S_ISREG, "hardlink": stat.S_ISREG, "dir": stat.S_ISDIR, "symlink": stat.S_ISLNK, "fifo": stat.S_ISFIFO}
+        if not kinds[entry.type](found.st_mode):
+            return False
+        if entry.type == "hardlink":
+            other = target.status(entry.raw_target)
+            right = other is not None and os.path.samestat(found, other)
+        elif entry.type == "symlink":
+            right = target.read_link(raw) == entry.raw_target and not self._metadata.differs(entry, found)
+        elif entry.type == "file":
+            right = found.st_size == entry.size and not self._metadata.differs(entry, found)
+            right = right and (not entry.holes or holes_are_zero(target, raw, entry))
+        else:
+            right = not self._metadata.differs(entry, found)
+        if right and self._plan.mode == "merge":
+            self._plan.right.add(raw)
+        return right
+
+
+def _count(path: bytes) -> int:
+    return sum(len(folders) + len(names) for _, folders, names in os.walk(path))
+
+
+def first_few(names: Sequence[str], limit: int = 10) -> str:
+    """A list for a message: the first names, and how many more there are."""
+    more = len(names) - limit
+    return ", ".join(islice(names, limit)) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,363 @@
+"""The folder in which a restore is built: reuse what is right, fetch the rest, write it in parallel."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+from outlast.backup.folder import Folder, Metadata, begin_writeback
+from outlast.backup.restore_plan import RestorePlan, Selected
+from outlast.backup.verify import Place, holes_are_zero, wrong_places
+from outlast.clock import Clock
+from outlast.errors import Corrupt, OutlastError
+from outlast.events import EventSink, Progress
+from outlast.records import Entry
+from outlast.repo.repository import Repository, chunk_offsets
+
+BIG_BYTES = 1 << 20
+"""Files from this size on are flushed while others are still being fetched."""
+
+_PROGRESS_EVERY_SECONDS = 0.05
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+
+
+class Meter:
+    """Counts what is done and tells the sink, at most twenty times a second."""
+
+    def __init__(self, sink: EventSink, clock: Clock, total_bytes: int, total_files: int) -> None:
+        self._sink = sink
+        self._clock = clock
+        self._total = total_bytes, total_files
+        self._done_bytes = self._done_files = 0
+        self._next = 0.0
+
+    def add(self, done_bytes: int, done_files: int) -> None:
+        """One caller at a time."""
+        self._done_bytes += done_bytes
+        self._done_files += done_files
+        now = self._clock.monotonic_seconds()
+        if now >= self._next:
+            self._next = now + _PROGRESS_EVERY_SECONDS
+            self.report()
+
+    def report(self) -> None:
+        self._sink.progress(Progress("restore", self._done_bytes, self._total[0], self._done_files, self._total[1]))
+
+
+class _File:
+    """A file that lacks chunks."""
+
+    __slots__ = ("entry", "left", "path")
+
+    def __init__(self, path: bytes, entry: Entry, left: int) -> None:
+        self.path = path
+        self.entry = entry
+        self.left = left
+        """chunks still to be written; 0: the file isn't there yet and comes whole, in one chunk"""
+
+
+class Staging:
+    """Builds the entries of a snapshot in `folder`; `old` is the folder to be replaced."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        plan: RestorePlan,
+        folder: Folder,
+        old: Folder | None,
+        metadata: Metadata,
+        pool: ThreadPoolExecutor,
+        *,
+        resumed: bool,
+    ) -> None:
+        self._repository = repository
+        self._plan = plan
+        self._folder = folder
+        self._old = old
+        self._metadata = metadata
+        self._pool = pool
+        self._resumed = resumed
+        self._folders: list[Selected] = []
+        self._links: list[Selected] = []
+        self._open: list[tuple[bytes, set[bytes]]] = [(b"", set())]
+        self._wanted: dict[bytes, list[tuple[_File, int, int]]] = {}
+        self._lock = threading.Lock()
+        self.lost: dict[str, OutlastError] = {}
+        """path -> why it can't be had"""
+        self.bytes_fetched = 0
+        self.meter = Meter(repository.sink, repository.clock, plan.bytes, plan.files)
+
+    def add(self, batch: list[Selected]) -> None:
+        """Bring a run of entries, in `path_order`, into the folder; contents that can't be had go to `lost`."""
+        files = []
+        for raw, entry in batch:
+            if self._resumed and raw != b".":
+                self._sweep(raw, entry)
+            if entry.type == "dir":
+                self._folder.make_folder(raw)
+                self._folders.append((raw, entry))
+            elif entry.type == "unreadable":
+                reason = f"it could not be read when it was backed up: {entry.reason}"
+                self._metadata.failed.append((entry.path, reason))
+            elif raw in self._plan.right:
+                self.meter.add(entry.size, 1)
+            elif entry.type == "file":
+                files.append((raw, entry))
+            elif entry.type == "hardlink":
+                self._links.append((raw, entry))
+            else:
+                self._make_special(raw, entry)
+        for (raw, entry), (places, there) in zip(files, self._reuse(files), strict=True):
+            self._want(raw, entry, places, there=there)
+        wanted = self._wanted
+        if wanted:
+            self._repository.fetch(list(wanted), self._deliver, self._failed)
+        self._wanted = {}
+        self._folder.release()
+
+    def finish(self) -> None:
+        """Links, what a killed restore left over, and the metadata of folders, deepest first."""
+        folder = self._folder
+        # In a merge the other name may be in the target already: links are made there.
+        for raw, entry in self._links if self._plan.mode != "merge" else []:
+            found = folder.status(entry.raw_target)
+            if found is None or not stat.S_ISREG(found.st_mode):
+                raise Corrupt(f"{entry.path} is a hard link to {entry.target}, which is not a file of the snapshot.")
+            self._clear(raw)
+            name, at = folder.place(entry.raw_target)
+            # The descriptor of the first folder stays open: only the newest few are ever looked up here.
+            new, to = folder.place(raw)
+            os.link(name, new, src_dir_fd=at, dst_dir_fd=to, follow_symlinks=False)
+            self.meter.add(0, 1)
+        if self._resumed:
+            while self._open:
+                self._drop_strangers(*self._open.pop())
+        folder.release()
+        for raw, entry in reversed(self._folders):
+            if raw == b".":
+                self._metadata.put_on_file(folder.fd, entry)
+                continue
+            fd = folder.open_file(raw, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                self._metadata.put_on_file(fd, entry)
+            finally:
+                os.close(fd)
+        if not self._folders or self._folders[0][0] != b".":
+            os.fchmod(folder.fd, 0o777 & ~_umask())
+
+    # -- what is there already -----------------------------------------------------------------------
+
+    def _sweep(self, raw: bytes, entry: Entry) -> None:
+        """Note the names that belong; of folders that are complete, remove what doesn't."""
+        head, _, name = raw.rpartition(b"/")
+        while self._open[-1][0] != head:
+            self._drop_strangers(*self._open.pop())
+        self._open[-1][1].add(name)
+        if entry.type == "dir":
+            self._open.append((raw, set()))
+
+    def _drop_strangers(self, raw: bytes, known: set[bytes]) -> None:
+        for name in self._folder.names(raw):
+            if name not in known:
+                self._folder.remove(raw + b"/" + name if raw else name)
+
+    def _clear(self, raw: bytes) -> None:
+        if self._resumed:
+            self._folder.remove(raw)
+
+    def _reuse(self, files: list[Selected]) -> list[tuple[list[Place], bool]]:
+        """For each file the places that must be fetched, and whether a file with the rest is in the folder."""
+        places = [list(chunk_offsets(entry)) for _, entry in files]
+        there = [False] * len(files)
+        keys = self._repository.keys
+        if self._resumed:
+            wrong = wrong_places(
+                self._folder, [(*item, each) for item, each in zip(files, places, strict=True)], keys, self._pool
+            )
+            for number, (raw, entry) in enumerate(files):
+                there[number] = self._is_usable(raw, entry) and (
+                    not entry.chunks or len(wrong[number]) < len(entry.chunks)
+                )
+                if there[number]:
+                    places[number] = wrong[number]
+                else:
+                    self._clear(raw)
+        if self._old is not None and self._plan.reuse:
+            copied = [
+                number
+                for number, (raw, entry) in enumerate(files)
+                if places[number] and raw in self._plan.reuse and self._copy(raw, entry, places[number], there[number])
+            ]
+            checked = [(*files[number], places[number]) for number in copied]
+            wrong = wrong_places(self._folder, checked, keys, self._pool)
+            for number, still_wrong in zip(copied, wrong, strict=True):
+                places[number], there[number] = still_wrong, True
+        return list(zip(places, there, strict=True))
+
+    def _is_usable(self, raw: bytes, entry: Entry) -> bool:
+        found = self._folder.status(raw)
+        if found is None or not stat.S_ISREG(found.st_mode) or found.st_size != entry.size or found.st_nlink != 1:
+            return False
+        if entry.holes and not holes_are_zero(self._folder, raw, entry):
+            return False
+        name, at = self._folder.place(raw)
+        os.chmod(name, 0o600, dir_fd=at)
+        return True
+
+    def _copy(self, raw: bytes, entry: Entry, places: list[Place], there: bool) -> bool:
+        """Copy ranges of the old file, unverified: the caller hashes what has arrived."""
+        assert self._old is not None
+        try:
+            source = self._old.open_file(raw, os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            found = os.fstat(source)
+            if not stat.S_ISREG(found.st_mode) or found.st_size != entry.size:
+                return False
+            if not there:
+                self._clear(raw)
+            fd = self._folder.open_file(raw, os.O_WRONLY if there else _NEW_FILE)
+            try:
+                os.ftruncate(fd, entry.size)
+                for offset, length in _joined(places):
+                    _copy_range(source, fd, offset, length)
+                    if length >= BIG_BYTES:
+                        begin_writeback(fd, offset, length)
+            finally:
+                os.close(fd)
+            return True
+        finally:
+            os.close(source)
+
+    # -- what must be fetched ------------------------------------------------------------------------
+
+    def _want(self, raw: bytes, entry: Entry, places: list[Place], *, there: bool) -> None:
+        size = entry.size
+        if not there and len(places) == 1 and places[0][1][1] == size:
+            chunk, length = places[0][1]
+            self._wanted.setdefault(bytes.fromhex(chunk), []).append((_File(raw, entry, 0), 0, length))
+            return
+        if not there or not places:
+            fd = self._folder.open_file(raw, os.O_WRONLY if there else _NEW_FILE)
+            try:
+                if not there:
+                    os.ftruncate(fd, size)
+                if not places:
+                    self._complete(fd, entry)
+            finally:
+                os.close(fd)
+        lacking = sum(length for _, (_, length) in places)
+        self.meter.add(size - lacking, 0 if places else 1)
+        file = _File(raw, entry, len(places))
+        for offset, (chunk, length) in places:
+            self._wanted.setdefault(bytes.fromhex(chunk), []).append((file, offset, length))
+
+    def _deliver(self, chunk: bytes, plain: bytes | memoryview) -> None:
+        """Write a chunk everywhere it belongs; called from several threads."""
+        done_bytes = done_files = 0
+        for file, offset, length in self._wanted[chunk]:
+            if len(plain) != length:
+                self._failed(chunk, Corrupt(f"chunk {chunk.hex()[:16]} has {len(plain)} bytes, not {length}."))
+                return
+            done_bytes += length
+            if file.left == 0:
+                self._write_whole(file, plain)
+                done_files += 1
+            else:
+                done_files += self._write_part(file, offset, plain)
+        with self._lock:
+            self.bytes_fetched += len(plain)
+            self.meter.add(done_bytes, done_files)
+
+    def _write_whole(self, file: _File, plain: bytes | memoryview) -> None:
+        fd = self._folder.open_file(file.path, _NEW_FILE)
+        try:
+            _write_all(fd, plain, 0)
+            self._complete(fd, file.entry)
+        finally:
+            os.close(fd)
+
+    def _write_part(self, file: _File, offset: int, plain: bytes | memoryview) -> bool:
+        fd = self._folder.open_file(file.path, os.O_WRONLY)
+        try:
+            _write_all(fd, plain, offset)
+            if len(plain) >= BIG_BYTES:
+                begin_writeback(fd, offset, len(plain))
+            with self._lock:
+                file.left -= 1
+                complete = file.left == 0
+            if complete:
+                self._complete(fd, file.entry)
+            return complete
+        finally:
+            os.close(fd)
+
+    def _complete(self, fd: int, entry: Entry) -> None:
+        if entry.size >= BIG_BYTES:
+            os.fsync(fd)
+        self._metadata.put_on_file(fd, entry)
+
+    def _failed(self, chunk: bytes, error: OutlastError) -> None:
+        with self._lock:
+            for file, _, _ in self._wanted[chunk]:
+                self.lost.setdefault(file.entry.path, error)
+
+    def _make_special(self, raw: bytes, entry: Entry) -> None:
+        self._clear(raw)
+        name, at = self._folder.place(raw)
+        if entry.type == "symlink":
+            os.symlink(entry.raw_target, name, dir_fd=at)
+        else:
+            os.mkfifo(name, 0o600, dir_fd=at)
+        self._metadata.put_on_name(name, at, entry)
+
+
+def _joined(places: list[Place]) -> list[tuple[int, int]]:
+    """Neighbouring places as one (offset, length): longer copies, and whole extents where they can be shared."""
+    joined: list[tuple[int, int]] = []
+    for offset, (_, length) in places:
+        if joined and sum(joined[-1]) == offset:
+            joined[-1] = joined[-1][0], joined[-1][1] + length
+        else:
+            joined.append((offset, length))
+    return joined
+
+
+def _copy_range(source: int, fd: int, offset: int, length: int) -> None:
+    end = offset + length
+    copy = getattr(os, "copy_file_range", None)
+    while copy is not None and offset < end:
+        try:
+            count = copy(source, fd, end - offset, offset, offset)
+        except OSError:
+            break  # not between these file systems; the plain way tells what is wrong
+        if count == 0:
+            return
+        offset += count
+    while offset < end:
+        try:
+            piece = os.pread(source, min(end - offset, 4 << 20), offset)
+        except OSError:
+            return  # unreadable here: the hash will not fit, and the rest is fetched
+        if not piece:
+            return
+        _write_all(fd, piece, offset)
+        offset += len(piece)
+
+
+def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    count = os.pwrite(fd, data, offset)
+    while count < len(data):
+        data = memoryview(data)[count:]
+        offset += count
+        count = os.pwrite(fd, data, offset)
+
+
+def _umask() -> int:
+    """The umask of the process, which can't be read except by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

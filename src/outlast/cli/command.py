@@ -1,0 +1,243 @@
+"""What every command shares: the global options, the open repository, and how each kind of end is told."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
+
+import typer
+
+from outlast.cli.output import Failure, JsonPrinter, OutputClosed, Printer, TextPrinter
+from outlast.cli.passphrase import known_secret
+from outlast.clock import SYSTEM_CLOCK
+from outlast.errors import Cancelled, InvalidInput, OutlastError, StoreFull, Unavailable
+
+if TYPE_CHECKING:
+    from outlast.repo.repository import Repository
+    from outlast.store.base import ObjectStore
+
+FAILED = 1
+PARTLY_DONE = 3
+CORRUPT = 20
+TERMINATED = 128 + signal.SIGTERM
+CLOSED = 128 + signal.SIGPIPE
+
+CODES = {
+    0: "done",
+    1: "failed",
+    2: "wrong usage",
+    3: "partly done: the snapshot exists, some of the source is not in it",
+    10: "no repository",
+    11: "busy",
+    12: "wrong key",
+    20: "corrupt",
+    21: "refused",
+    130: "cancelled",
+}
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: ends the work the same clean way as Ctrl-C does."""
+
+
+class Options(NamedTuple):
+    """The global options, as given before or after the command."""
+
+    repo: str | None = None
+    passphrase_file: str | None = None
+    passphrase_command: str | None = None
+    json: bool = False
+    json_lines: bool = False
+    quiet: bool = False
+    debug: bool = False
+
+    def over(self, outer: Options) -> Options:
+        """These options, and those of `outer` where these say nothing."""
+        return Options(*(inner or other for inner, other in zip(self, outer, strict=True)))
+
+
+def shared_options(
+    repo: Annotated[
+        str | None,
+        typer.Option("--repo", "-r", metavar="URL", help="The repository: a path, s3://, gs://, az:// (or OUTLAST_REPO)."),
+    ] = None,
+    passphrase_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A file that holds the passphrase (or OUTLAST_PASSPHRASE).")
+    ] = None,
+    passphrase_command: Annotated[
+        str | None, typer.Option(metavar="COMMAND", help="A command that prints the passphrase.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    json_lines: Annotated[
+        bool, typer.Option("--json-lines", help="Print progress and events as JSON lines; the last is the result.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> Options:
+    """The one definition of the global options; every command and the program itself take them."""
+    return Options(repo, passphrase_file, passphrase_command, json, json_lines, quiet, debug)
+
+
+SHARED = list(inspect.signature(shared_options, eval_str=True).parameters.values())
+
+
+class Call:
+    """One run of one command: its options, its printer, and the repository it works on."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.printer: Printer = make_printer(options)
+
+    def store(self) -> ObjectStore:
+        """The store of `--repo`. Raises `InvalidInput` when none is named."""
+        from outlast.store.layers import open_store
+
+        url = self.options.repo or os.environ.get("OUTLAST_REPO")
+        if not url:
+            raise InvalidInput(
+                "no repository was named; nothing was touched.",
+                hint="Give --repo URL, or set OUTLAST_REPO. `outlast init` makes a new one.",
+            )
+        return open_store(url, SYSTEM_CLOCK)
+
+    def repository(self) -> Repository:
+        """The open repository, which reports to the printer."""
+        from outlast.repo.repository import Repository
+
+        secret = known_secret(self.options.passphrase_file, self.options.passphrase_command)
+        return Repository.open(self.store(), secret=secret, sink=self.printer)
+
+
+def make_printer(options: Options) -> Printer:
+    if options.json or options.json_lines:
+        return JsonPrinter(lines=options.json_lines)
+    return TextPrinter(quiet=options.quiet)
+
+
+def add_command(
+    app: typer.Typer,
+    run: Callable[..., int | None],
+    *,
+    codes: tuple[int, ...] = (),
+    when_stopped: str = "Nothing was changed.",
+) -> None:
+    """Add `run(call, ...)` to the app as a command of its name.
+
+    `codes` are its exit codes beyond 0, 1, 2 and 130; `when_stopped` says what is safe when the user
+    stops it.
+    """
+    own = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
+
+    def command(context: typer.Context, **given: Any) -> int:
+        options = shared_options(**{parameter.name: given.pop(parameter.name) for parameter in SHARED})
+        call = Call(options.over(context.obj or Options()))
+        return end(call.printer, call.options.debug, when_stopped, partial(run, call, **given))
+
+    told = "; ".join(f"{code} {CODES[code]}" for code in sorted({0, 1, 2, 130, *codes}))
+    app.command(run.__name__, help=f"{inspect.getdoc(run)}\n\nExit codes: {told}.")(_takes(command, own))
+
+
+def new_group(help_text: str, own: Callable[..., None] | None = None) -> typer.Typer:
+    """A group of commands that takes the shared options before the command, and those of `own`."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, help=help_text)
+
+    def before_command(context: typer.Context, **given: Any) -> None:
+        options = shared_options(**{parameter.name: given[parameter.name] for parameter in SHARED})
+        context.obj = options.over(context.obj or Options())
+        if context.invoked_subcommand is None:
+            if options.json or options.json_lines:
+                raise InvalidInput("no command was given.", hint=f"`{context.command_path} --help` lists them.")
+            typer.echo(context.get_help())
+            raise typer.Exit(InvalidInput.exit_code)
+
+    extra = list(inspect.signature(own, eval_str=True).parameters.values()) if own else []
+    app.callback(invoke_without_command=True)(_takes(before_command, extra))
+    return app
+
+
+def _takes(function: Callable[..., Any], own: list[inspect.Parameter]) -> Callable[..., Any]:
+    """Give the function the signature from which Typer learns the options: its own, then the shared ones."""
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    options = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in [*own, *SHARED]]
+    function.__signature__ = inspect.Signature([context, *options])  # type: ignore[attr-defined]
+    function.__annotations__ = {}
+    return function
+
+
+def end(printer: Printer, debug: bool, when_stopped: str, run: Callable[[], int | None]) -> int:
+    """Run a command to its exit code; whatever it raises is told in a sentence."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        try:
+            return run() or 0
+        finally:
+            printer.close()
+    except OutputClosed:
+        return CLOSED
+    except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001  the outermost place: everything is told
+        return tell(printer, debug, exc, when_stopped)
+
+
+def tell(printer: Printer, debug: bool, exc: BaseException, when_stopped: str = "") -> int:
+    """Print an error and return its exit code."""
+    failure = explain(exc, when_stopped)
+    try:
+        if debug:
+            printer.trace(exc)
+        printer.failure(failure)
+    except (OutputClosed, OutlastError):
+        return failure.exit_code  # nobody listens; the exit code still says it
+    return failure.exit_code
+
+
+def explain(exc: BaseException, when_stopped: str = "") -> Failure:
+    """What to say about an exception, and the exit code."""
+    if isinstance(exc, OutlastError):
+        return Failure(exc.kind, exc.message, exc.hint, exc.exit_code)
+    if isinstance(exc, KeyboardInterrupt):
+        terminated = isinstance(exc, Terminated)
+        how = "ended by SIGTERM." if terminated else "cancelled."
+        code = TERMINATED if terminated else Cancelled.exit_code
+        return Failure(Cancelled.kind, f"{how} {when_stopped}".rstrip(), "", code)
+    usage = getattr(exc, "format_message", None)
+    if usage is not None:
+        return Failure(InvalidInput.kind, _sentence(usage()), _usage_hint(exc), InvalidInput.exit_code)
+    if isinstance(exc, OSError) and exc.errno is not None:
+        full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
+        where = f" ({os.fsdecode(exc.filename)})" if isinstance(exc.filename, str | bytes) else ""
+        return Failure(
+            (StoreFull if full else Unavailable).kind,
+            f"the operating system refused: {exc.strerror}{where}. Everything committed before is whole.",
+            "Make room, then run the same command again." if full else "",
+            FAILED,
+        )
+    if isinstance(exc, MemoryError):
+        return Failure("failed", "there is not enough memory. Everything committed before is whole.", "", FAILED)
+    return Failure(
+        "bug",
+        f"this is a bug in outlast: {type(exc).__name__}: {exc}. Everything committed before is whole.",
+        "Run the same command with --debug, and report what it prints.",
+        FAILED,
+    )
+
+
+def _sentence(text: str) -> str:
+    """A usage error of the option parser in our form."""
+    text = " ".join(text.split())
+    return text[:1].lower() + text[1:] + ("" if text.endswith((".", "?", ")")) else ".")
+
+
+def _usage_hint(exc: BaseException) -> str:
+    context = getattr(exc, "ctx", None)
+    path = context.command_path if context is not None else "outlast"
+    return f"`{path} --help` shows what it takes."
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated

@@ -1,0 +1,71 @@
+"""The command `outlast`: puts the commands together and turns arguments into an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Annotated
+
+import typer
+
+from outlast.cli import doctor, look, protect
+from outlast.cli.command import Options, add_command, make_printer, new_group, tell
+
+_HELP = """Back up model folders, and bring them back verified.
+
+The repository is --repo URL or OUTLAST_REPO. The options may stand before or after the command.
+
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 partly done; 10 no repository; 11 busy; 12 wrong key;
+20 corrupt; 21 refused; 22 fenced; 130 cancelled; 143 ended by SIGTERM.
+"""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from outlast import __version__
+
+        typer.echo(f"outlast {__version__}")
+        raise typer.Exit
+
+
+def _top_options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    return
+
+
+app = new_group(_HELP, _top_options)
+add_command(app, protect.init, codes=(12, 21), when_stopped="If the repository does not open, none was made.")
+add_command(
+    app,
+    protect.backup,
+    codes=(3, 10, 12, 20, 21),
+    when_stopped="No snapshot was made; all earlier ones are whole, and the next backup uses what was already stored.",
+)
+add_command(app, protect.snapshots, codes=(10, 12, 20, 21))
+add_command(app, look.show, codes=(10, 12, 20, 21))
+add_command(app, look.diff, codes=(10, 12, 20, 21))
+add_command(
+    app,
+    protect.restore,
+    codes=(10, 12, 20, 21),
+    when_stopped="The repository and what was at the target are as before; the same command goes on where this one ended.",
+)
+add_command(app, protect.check, codes=(10, 12, 20, 21))
+doctors = new_group("Find out what is wrong with the ground that a repository stands on.")
+add_command(doctors, doctor.store, codes=(21,), when_stopped="What the checks wrote was removed.")
+app.add_typer(doctors, name="doctor")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return int(typer.main.get_command(app).main(given, prog_name="outlast", standalone_mode=False) or 0)
+    except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001  only what went wrong before a command ran
+        options = set(takewhile(lambda argument: argument != "--", given))
+        form = Options(json="--json" in options, json_lines="--json-lines" in options)
+        return tell(make_printer(form), "--debug" in options, exc, "Nothing was done.")

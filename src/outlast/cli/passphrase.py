@@ -1,0 +1,106 @@
+"""Where the passphrase comes from: a file, a command, the environment or the terminal; never an argument."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+
+from outlast.errors import InvalidInput, WrongKey
+
+VARIABLE = "OUTLAST_PASSPHRASE"
+
+Secret = Callable[[], bytes]
+
+
+def known_secret(file: str | None, command: str | None) -> Secret | None:
+    """How to open a repository, asked only if it is encrypted; None when there is no way to know."""
+    secret = _given(file, command)
+    if secret is None and _at_terminal():
+        return lambda: _ask("Passphrase of the repository: ")
+    return secret
+
+
+def new_secret(file: str | None, command: str | None) -> Secret:
+    """The passphrase for a new repository; typed twice when it is typed."""
+    secret = _given(file, command) or (_ask_twice if _at_terminal() else None)
+    if secret is None:
+        raise WrongKey(
+            "an encrypted repository needs a passphrase and none was given; nothing was made.",
+            hint=f"Set {VARIABLE}, or use --passphrase-file or --passphrase-command.",
+        )
+    return secret
+
+
+def _given(file: str | None, command: str | None) -> Secret | None:
+    if file is not None and command is not None:
+        raise InvalidInput(
+            "--passphrase-file and --passphrase-command were both given; nothing was touched.",
+            hint="Give one of them.",
+        )
+    if file is not None:
+        return lambda: _from_file(file)
+    if command is not None:
+        return lambda: _from_command(command)
+    if VARIABLE in os.environ:
+        return lambda: os.fsencode(os.environ[VARIABLE])
+    return None
+
+
+def _from_file(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return _without_newline(file.read(1 << 20))
+    except OSError as exc:
+        raise WrongKey(
+            f"the passphrase file {path} can't be read: {exc.strerror}. Nothing was touched.",
+            hint="Give --passphrase-file a file that you may read.",
+        ) from exc
+
+
+def _from_command(command: str) -> bytes:
+    """Run without a shell; what it says on standard error goes to the terminal, its output nowhere."""
+    try:
+        words = shlex.split(command)
+    except ValueError as exc:
+        raise InvalidInput(f"the passphrase command has an open quote: {exc}. Nothing was touched.") from exc
+    if not words:
+        raise InvalidInput("the passphrase command is empty; nothing was touched.")
+    try:
+        ran = subprocess.run(words, stdout=subprocess.PIPE, check=False)
+    except OSError as exc:
+        raise WrongKey(
+            f"the passphrase command {words[0]} can't be run: {exc.strerror}. Nothing was touched.",
+            hint="Give --passphrase-command a program and its arguments; for a pipe, write sh -c '…'.",
+        ) from exc
+    if ran.returncode:
+        raise WrongKey(
+            f"the passphrase command {words[0]} ended with exit code {ran.returncode}; nothing was touched.",
+            hint="Run it by hand: it must print the passphrase and end with exit code 0.",
+        )
+    return _without_newline(ran.stdout)
+
+
+def _without_newline(data: bytes) -> bytes:
+    return data.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def _at_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def _ask(prompt: str) -> bytes:
+    try:
+        return os.fsencode(getpass.getpass(prompt))
+    except EOFError as exc:
+        raise WrongKey("no passphrase was typed; nothing was touched.") from exc
+
+
+def _ask_twice() -> bytes:
+    first = _ask("New passphrase: ")
+    if first != _ask("The same again: "):
+        raise InvalidInput("the two passphrases differ; nothing was made.", hint="Type them again.")
+    return first

@@ -1,0 +1,97 @@
+"""How figures, times and names are written for people. JSON gets the plain values instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from urllib.parse import unquote_to_bytes
+
+ID_CHARACTERS = 8
+
+_UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+
+
+def size_text(count: int) -> str:
+    """Bytes in binary units, three digits or so.
+
+    >>> size_text(1023), size_text(90_868_376), size_text(1 << 40)
+    ('1,023 B', '86.7 MiB', '1.0 TiB')
+    """
+    if count < 1024:
+        return f"{count:,} B"
+    value, unit = count / 1024, 0
+    while value >= 1023.95 and unit + 1 < len(_UNITS):
+        value, unit = value / 1024, unit + 1
+    return f"{value:,.0f} {_UNITS[unit]}" if value >= 99.95 else f"{value:.1f} {_UNITS[unit]}"
+
+
+def count_text(count: int, thing: str) -> str:
+    """
+    >>> count_text(1, "file"), count_text(100_000, "file")
+    ('1 file', '100,000 files')
+    """
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def duration_text(seconds: float) -> str:
+    """
+    >>> duration_text(0.034), duration_text(4.21), duration_text(192), duration_text(7500)
+    ('0.03 s', '4.2 s', '3 min 12 s', '2 h 05 min')
+    """
+    if seconds < 59.95:
+        return f"{seconds:.2f} s" if seconds < 0.995 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def time_text(rfc3339: str) -> str:
+    """A time of the repository, which is UTC, to the second.
+
+    >>> time_text("2025-06-15T15:06:40.123456Z")
+    '2025-06-15 15:06:40'
+    """
+    return rfc3339[:19].replace("T", " ")
+
+
+def short_id(identifier: str) -> str:
+    return identifier[:ID_CHARACTERS]
+
+
+def printable(text: str) -> str:
+    """The text with whatever could move the cursor or hide characters written as an escape.
+
+    >>> printable("two\\nlines \\x1b[31mred"), printable("café")
+    ('two\\\\nlines \\\\x1b[31mred', 'café')
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def path_shown(path: str) -> str:
+    """The file name that a manifest path stands for, safe to print.
+
+    >>> path_shown("50%25/caf%E9%0A"), path_shown("a b.pt")
+    ('50%/caf\\\\xe9\\\\n', 'a b.pt')
+    """
+    raw = unquote_to_bytes(path) if "%" in path else path.encode("utf-8", "surrogateescape")
+    return printable(raw.decode("utf-8", "backslashreplace"))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: str = "") -> Iterator[str]:
+    """Aligned columns, two spaces apart; those whose heading is in `right` (split at spaces) to the right."""
+    lines = [tuple(header), *(tuple(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    to_right = {column for column, name in enumerate(header) if name in right.split()}
+    for line in lines:
+        cells = (
+            cell.rjust(width) if column in to_right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        yield "  ".join(cells).rstrip()
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    return f"[{', '.join(str(dimension) for dimension in shape)}]"
