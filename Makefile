@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-servers demo test check bench clean
+.PHONY: help setup setup-servers demo test check bench
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,3 @@ check: setup ## style, types, import rules and house rules
 
 bench: setup ## measure against restic, borg and the disk, and write docs/benchmarks.md (needs 20 GB, half an hour)
 	@$(BIN)/python bench/run.py $(ARGS)
-
-clean: ## remove .venv, caches and scratch folders
-	rm -rf .venv .demo .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist

@@ -78,7 +78,10 @@ def row_table(row: type[Row], records: list[Record]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     changed = [item["changed_bytes"] for item in mine if item.get("changed_bytes")]
     if changed:
-        lines += ["", f"{megabytes(median(changed))} really changed in every round."]
+        lines += [
+            "",
+            f"{megabytes(median(changed))} really changed in every round; new bytes are given in multiples of it too.",
+        ]
     return "\n".join([*lines, ""])
 
 
@@ -93,9 +96,16 @@ def figures(runs: list[Record]) -> list[str]:
         f"{rate:,.0f} MB/s" if runs[0]["source_bytes"] else "",
         f"{median(item['cpu_seconds'] for item in runs):.2f} s",
         megabytes(middle_of(runs, "repository_bytes")),
-        megabytes(middle_of(runs, "added_bytes")),
+        new_bytes(runs),
         megabytes(max(item["rss_bytes"] for item in runs)),
     ]
+
+
+def new_bytes(runs: list[Record]) -> str:
+    """What the run added, and where it is known how many times what really changed."""
+    added, changed = middle_of(runs, "added_bytes"), middle_of(runs, "changed_bytes")
+    ratio = f" ({added / changed:.2f}x)" if added is not None and changed else ""
+    return megabytes(added) + ratio
 
 
 def middle_of(runs: list[Record], key: str) -> float | None:

@@ -1,7 +1,7 @@
 """`make demo`: a real model folder is backed up, changed, lost, restored, damaged and found out.
 
 Every Outlast step goes through the real command line, shown as typed. Nothing is downloaded; the
-scratch folder `.demo/` is removed at the end.
+scratch folder `.demo/`, made where you are, is removed at the end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-SCRATCH = Path(__file__).resolve().parent.parent / ".demo"
+SCRATCH = Path.cwd() / ".demo"
 OUTLAST = Path(sys.executable).with_name("outlast")
 CORRUPT = 20
 LAYER = "encoder.layer.5."
@@ -148,8 +148,8 @@ def demo() -> list[tuple[str, str, float]]:
     cost = f"{size(second['bytes_added'])} added for {size(changed)} changed"
     rows.append(("one-layer backup", cost, seconds))
     say()
-    outlast("show", second["id"], lines_max=16)
-    outlast("diff", first["id"], second["id"], lines_max=16)
+    outlast("show", second["id"][:8], lines_max=16)
+    outlast("diff", first["id"][:8], second["id"][:8], lines_max=16)
 
     title("4. Lose the folder, and get it back")
     wanted = fingerprint(model)

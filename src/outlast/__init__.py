@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from outlast.backup.inspect import diff, show
     from outlast.backup.restore import execute as restore
     from outlast.backup.restore import plan as plan_restore
-    from outlast.backup.restore import restore_tensors
+    from outlast.backup.tensors import restore_tensors
     from outlast.errors import OutlastError
     from outlast.events import EventSink
     from outlast.records import Entry, Snapshot
@@ -52,7 +52,7 @@ _HOMES = {
     "diff": ("outlast.backup.inspect", "diff"),
     "plan_restore": ("outlast.backup.restore", "plan"),
     "restore": ("outlast.backup.restore", "execute"),
-    "restore_tensors": ("outlast.backup.restore", "restore_tensors"),
+    "restore_tensors": ("outlast.backup.tensors", "restore_tensors"),
     "show": ("outlast.backup.inspect", "show"),
 }
 

@@ -196,6 +196,7 @@ def commands(command: Any, path: tuple[str, ...]) -> Iterator[str]:
 
 def test_every_command_is_documented() -> None:
     import typer
+
     from outlast.cli.main import app
 
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.exists())

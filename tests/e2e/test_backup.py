@@ -23,7 +23,7 @@ from outlast.backup import read
 from outlast.backup.create import create
 from outlast.errors import InvalidInput, Refused, StoreFull
 from outlast.events import ListSink
-from outlast.records import Entry
+from outlast.records import Chunking, Entry
 from outlast.repo.repository import Repository
 from outlast.store.layers import QuotaStore
 from outlast.store.local import LocalStore
@@ -334,7 +334,9 @@ def test_holes_are_found_and_not_stored(repository: Repository, source: Path) ->
     assert sum(length for _, length in entry.holes) + sum(length for _, length in entry.chunks) == 50_000_000
 
 
-def test_a_manifest_of_many_files_is_cut_and_deduplicated(repository: Repository, source: Path) -> None:
+def test_a_manifest_of_many_files_is_cut_and_deduplicated(source: Path) -> None:
+    small = Chunking(min_bytes=16 << 10, avg_bytes=64 << 10, max_bytes=256 << 10)
+    repository = Repository.create(MemoryStore(), chunking=small)
     for number in range(3000):
         (source / f"{number:05d}.txt").write_text(str(number))
     first = create(repository, [str(source)])

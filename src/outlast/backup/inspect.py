@@ -213,9 +213,7 @@ def diff(repository: Repository, before: Snapshot, after: Snapshot) -> DiffRepor
             report.bytes_removed += old.size
         elif old is not None and new is not None and (what := _differs(old, new)):
             changed = _bytes_new(old, new)
-            report.files.changed.append(
-                FileChange(new.path, new.type, what, old.size, new.size, changed)
-            )
+            report.files.changed.append(FileChange(new.path, new.type, what, old.size, new.size, changed))
             report.bytes_changed += changed
             if "content" in what:
                 _compare_tensors(repository, old, new, report)

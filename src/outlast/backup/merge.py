@@ -66,8 +66,6 @@ class _Merge:
         found = self._target.status(raw)
         if linked_to is not None:
             self._link(raw, linked_to)
-        elif self._staging.status(raw) is None and found is not None:
-            return  # moved by a run that was killed
         if found is not None and (stat.S_ISDIR(found.st_mode) or not self._plan.overwrite):
             self._put_away(raw, is_folder=stat.S_ISDIR(found.st_mode))
         name, source = self._staging.place(raw)

@@ -18,10 +18,10 @@ from contextlib import contextmanager, suppress
 import msgspec
 
 from outlast.backup.folder import Folder, Metadata, exchange, remove_tree, sync_everything, sync_folder
+from outlast.backup.merge import merge
 from outlast.backup.restore_plan import (
     HASHING_THREADS,
     RestorePlan,
-    Selected,
     batches,
     beside,
     first_few,
@@ -78,13 +78,15 @@ def execute(repository: Repository, plan: RestorePlan) -> RestoreReport:
     Raises `Busy`, `Corrupt` (naming the files that can't be had), `StoreFull`, `Refused`, `Unavailable`.
     """
     started = repository.clock.monotonic_seconds()
-    with _translated(plan), exclusive(plan.target) as lock:
+    with translated(plan.target, plan.bytes, plan.staging), exclusive(plan.target) as lock:
         kept = _finish_swap(plan, lock)
         metadata = Metadata()
         fetched = 0
         if not plan.unchanged:
             if (plan.mode == "new") == os.path.lexists(plan.target):
-                raise Refused(f"{shown(plan.target)} was made or removed since the restore was planned.", hint="Run it again.")
+                raise Refused(
+                    f"{shown(plan.target)} was made or removed since the restore was planned.", hint="Run it again."
+                )
             fetched = _build(repository, plan, metadata)
             kept = _put_in_place(repository, plan, lock, metadata) or kept
         elif os.path.lexists(plan.staging):
@@ -128,7 +130,9 @@ def exclusive(target: bytes) -> Iterator[int]:
     try:
         yield fd
     except BaseException:
-        os.close(fd)  # the journal must outlive a swap that was cut short
+        if not os.fstat(fd).st_size:  # else the journal of a swap that was cut short: the next one needs it
+            os.unlink(path)
+        os.close(fd)
         raise
     with suppress(FileNotFoundError):
         os.unlink(path)
@@ -157,12 +161,13 @@ def _finish_swap(plan: RestorePlan, lock: int) -> bytes:
     except msgspec.DecodeError:
         os.ftruncate(lock, 0)  # cut short while it was written, so no swap has followed it
         return b""
-    staging, kept = (os.fsencode(bytes.fromhex(each)) for each in (journal.staging, journal.kept_as))
+    staging, kept = bytes.fromhex(journal.staging), bytes.fromhex(journal.kept_as)
     kept_as = b""
     with suppress(FileNotFoundError):
         found = os.lstat(staging)
         if (found.st_dev, found.st_ino) == (journal.device, journal.inode):
-            kept_as = _put_away(staging, kept and kept_name(plan.target, plan.stamp))
+            taken = os.path.lexists(kept)
+            kept_as = _put_away(staging, kept_name(plan.target, plan.stamp) if kept and taken else kept)
     os.ftruncate(lock, 0)
     return kept_as
 
@@ -205,7 +210,8 @@ def _open_staging(plan: RestorePlan) -> bool:
     try:
         os.mkdir(plan.staging, 0o700)
         os.chmod(plan.staging, 0o700)  # a parent with setgid would pass it on
-        os.chown(plan.staging, -1, os.getegid())
+        with suppress(PermissionError):
+            os.chown(plan.staging, -1, os.getegid())
         return False
     except FileExistsError:
         found = os.lstat(plan.staging)
@@ -219,11 +225,15 @@ def _open_staging(plan: RestorePlan) -> bool:
 
 
 def _warn_of_space(repository: Repository, plan: RestorePlan) -> None:
-    room = os.statvfs(plan.staging)
-    free = room.f_bavail * room.f_frsize
+    free = _free_bytes(plan.target)
     if plan.bytes_to_fetch > free:
         reason = f"{plan.bytes_to_fetch} bytes are to be written, and {free} are free at {shown(plan.target)}."
         repository.sink.event(Event("restore.space", reason, {"needed": plan.bytes_to_fetch, "free": free}))
+
+
+def _free_bytes(target: bytes) -> int:
+    room = os.statvfs(os.path.dirname(target))
+    return room.f_bavail * room.f_frsize
 
 
 def _lost(plan: RestorePlan, lost: dict[str, OutlastError]) -> OutlastError:
@@ -232,8 +242,8 @@ def _lost(plan: RestorePlan, lost: dict[str, OutlastError]) -> OutlastError:
             return error
     cause = next(iter(lost.values()))
     return Corrupt(
-        f"{len(lost)} of {plan.files} files can't be restored: {first_few(sorted(lost))}. The first reason: {cause.message} "
-        f"{shown(plan.target)} is untouched.",
+        f"{len(lost)} of {plan.files} files can't be restored: {first_few(sorted(lost))}. "
+        f"The first reason: {cause.message} {shown(plan.target)} is untouched.",
         hint=f"{cause.hint} The others can be restored with `--include`; what was fetched is kept in "
         f"{shown(plan.staging)} and used by the next restore of this snapshot to this place.".strip(),
     )
@@ -243,8 +253,6 @@ def _put_in_place(repository: Repository, plan: RestorePlan, lock: int, metadata
     """The moment at which the target changes; returns where what it replaced is kept."""
     parent = os.path.dirname(plan.target)
     if plan.mode == "merge":
-        from outlast.backup.merge import merge
-
         kept_any = merge(plan, selected(repository, plan.snapshot, plan.include), metadata)
         remove_tree(plan.staging)
         sync_folder(parent)
@@ -275,24 +283,28 @@ def _put_in_place(repository: Repository, plan: RestorePlan, lock: int, metadata
 
 
 @contextmanager
-def _translated(plan: RestorePlan) -> Iterator[None]:
+def translated(target: bytes, needed_bytes: int, staging: bytes = b"") -> Iterator[None]:
     """Errors of the operating system, in the words of this package."""
     try:
         yield
     except OSError as exc:
-        target, reason = shown(plan.target), exc.strerror or str(exc)
+        what, reason = shown(target), exc.strerror or str(exc)
         named = f" ({os.fsdecode(exc.filename)})" if isinstance(exc.filename, str | bytes) else ""
-        kept = f"What was restored so far is kept in {shown(plan.staging)} and used by the next try."
+        kept = f" What was restored so far is kept in {shown(staging)} and used by the next try." if staging else ""
         if exc.errno in _FULL:
-            room = os.statvfs(os.path.dirname(plan.target))
             raise StoreFull(
-                f"there is no room for the restore to {target}: {reason}. It takes {plan.bytes} bytes, "
-                f"{room.f_bavail * room.f_frsize} are free now. {target} is untouched.",
-                hint=f"Free space or raise the limit, then run the same command again. {kept}",
+                f"there is no room for the restore to {what}: {reason}. It takes {needed_bytes} bytes, "
+                f"{_free_bytes(target)} are free now. {what} is untouched.",
+                hint=f"Free space or raise the limit, then run the same command again.{kept}",
             ) from exc
         if exc.errno in _DENIED:
             raise Refused(
-                f"the system does not let us restore to {target}: {reason}{named}. It is untouched.",
+                f"the system does not let us restore to {what}: {reason}{named}. It is untouched.",
                 hint="Check who owns the folder above it, its mode, and whether the disk is read-only.",
             ) from exc
-        raise Unavailable(f"the disk failed while restoring to {target}: {reason}{named}.", hint=kept) from exc
+        if exc.errno == errno.EEXIST:
+            raise Refused(
+                f"two names of the snapshot are one name on the disk of {what}{named}. It is untouched.",
+                hint="Restore to a file system that tells capital letters from small ones.",
+            ) from exc
+        raise Unavailable(f"the disk failed while restoring to {what}: {reason}{named}.", hint=kept.strip()) from exc

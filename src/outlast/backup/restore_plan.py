@@ -28,22 +28,31 @@ HASHING_THREADS = 4
 _SIZE_MAX = (1 << 63) - 1
 _NAME_BYTES_MAX = 255
 
+_KINDS = {
+    "file": stat.S_IFREG,
+    "hardlink": stat.S_IFREG,
+    "dir": stat.S_IFDIR,
+    "symlink": stat.S_IFLNK,
+    "fifo": stat.S_IFIFO,
+}
+
 Action = tuple[str, int, int, Literal["new", "repair", "present", "skipped"]]
 """(path, bytes, bytes to fetch, what happens to it)"""
 
-Selected = tuple[bytes, Entry]
+Path = bytes
+Selected = tuple[Path, Entry]
 
 
 class RestorePlan(msgspec.Struct):
     """What `execute` will do. `bytes_to_fetch` counts a chunk once, at the first file that needs it."""
 
     snapshot: Snapshot
-    target: bytes
+    target: Path
     files: int
     bytes: int
     bytes_present: int
     bytes_to_fetch: int
-    kept_as: bytes | None
+    kept_as: Path | None
     """where the folder that is there now would go"""
     actions: list[Action]
     include: list[str]
@@ -51,15 +60,15 @@ class RestorePlan(msgspec.Struct):
     stamp: str
     mode: Literal["new", "swap", "merge"]
     """`swap`: the whole folder is replaced at one instant; `merge`: the chosen files inside it, one by one"""
-    right: set[bytes]
+    right: set[Path]
     """paths that are in the target as they should be, metadata included; kept only for `merge`"""
-    reuse: set[bytes]
+    reuse: set[Path]
     """files of the target of which at least a part is right"""
     unchanged: bool
     """the target is already what it should become"""
 
     @property
-    def staging(self) -> bytes:
+    def staging(self) -> Path:
         """The folder beside the target in which the restore is built, and continued when it was killed."""
         return beside(self.target, f".outlast-{self.snapshot.id[:12]}")
 
@@ -170,7 +179,9 @@ def _check_repository(repository: Repository, path: bytes, mode: str) -> None:
         return
     folder = os.path.realpath(os.path.dirname(os.fsencode(local_path("format"))))
     if (path + b"/").startswith(folder + b"/"):
-        raise Refused(f"{shown(path)} lies inside the repository itself; nothing was changed.", hint="Choose another target.")
+        raise Refused(
+            f"{shown(path)} lies inside the repository itself; nothing was changed.", hint="Choose another target."
+        )
     if mode == "swap" and (folder + b"/").startswith(path + b"/"):
         raise Refused(
             f"the repository lies inside {shown(path)}, which the restore would replace; nothing was changed.",
@@ -183,7 +194,7 @@ def _warn_of_source(repository: Repository, snapshot: Snapshot, path: bytes) -> 
         return
     for source in snapshot.sources:
         if path.startswith(os.path.realpath(os.fsencode(source)).rstrip(b"/") + b"/"):
-            reason = f"{shown(path)} lies inside {source}, which this snapshot was made from; the next backup will hold both."
+            reason = f"{shown(path)} lies inside {source}, a source of this snapshot; the next backup holds both."
             repository.sink.event(Event("restore.target_in_source", reason, {"target": shown(path), "source": source}))
 
 
@@ -268,7 +279,9 @@ def checked(repository: Repository, snapshot: Snapshot) -> Iterator[Selected]:
             folders.append(raw)
         elif entry.type == "file":
             _check_content(snapshot, entry)
-        elif entry.type == "hardlink" and (not is_safe(entry.raw_target) or records.path_order(entry.raw_target) >= order):
+        elif entry.type == "hardlink" and (
+            not is_safe(entry.raw_target) or records.path_order(entry.raw_target) >= order
+        ):
             raise _bad(snapshot, entry, f"is linked to {entry.target!r}, which is not an earlier file")
         yield raw, entry
 
@@ -421,12 +434,12 @@ class _Survey:
         if target is None or found is None:
             return False
         self._found += raw != b"."
-        kinds = {"file": stat.S_ISREG, "hardlink": stat.S_ISREG, "dir": stat.S_ISDIR, "symlink": stat.S_ISLNK, "fifo": stat.S_ISFIFO}
-        if not kinds[entry.type](found.st_mode):
+        if stat.S_IFMT(found.st_mode) != _KINDS[entry.type]:
             return False
         if entry.type == "hardlink":
             other = target.status(entry.raw_target)
             right = other is not None and os.path.samestat(found, other)
+            right = right and (self._plan.mode != "merge" or entry.raw_target in self._plan.right)
         elif entry.type == "symlink":
             right = target.read_link(raw) == entry.raw_target and not self._metadata.differs(entry, found)
         elif entry.type == "file":

@@ -93,7 +93,7 @@ class Staging:
         """Bring a run of entries, in `path_order`, into the folder; contents that can't be had go to `lost`."""
         files = []
         for raw, entry in batch:
-            if self._resumed and raw != b".":
+            if self._resumed and raw != b"." and entry.type != "unreadable":
                 self._sweep(raw, entry)
             if entry.type == "dir":
                 self._folder.make_folder(raw)
@@ -106,6 +106,7 @@ class Staging:
             elif entry.type == "file":
                 files.append((raw, entry))
             elif entry.type == "hardlink":
+                self._clear(raw)  # now, so that its file has one name again and can be reused
                 self._links.append((raw, entry))
             else:
                 self._make_special(raw, entry)
@@ -127,14 +128,19 @@ class Staging:
                 raise Corrupt(f"{entry.path} is a hard link to {entry.target}, which is not a file of the snapshot.")
             self._clear(raw)
             name, at = folder.place(entry.raw_target)
-            # The descriptor of the first folder stays open: only the newest few are ever looked up here.
-            new, to = folder.place(raw)
-            os.link(name, new, src_dir_fd=at, dst_dir_fd=to, follow_symlinks=False)
+            at = os.dup(at)  # looking up the second place may close the first
+            try:
+                new, to = folder.place(raw)
+                os.link(name, new, src_dir_fd=at, dst_dir_fd=to, follow_symlinks=False)
+            finally:
+                os.close(at)
             self.meter.add(0, 1)
         if self._resumed:
             while self._open:
                 self._drop_strangers(*self._open.pop())
         folder.release()
+        if self._plan.mode == "merge":
+            return  # these folders only carry the files; the real ones get their metadata in place
         for raw, entry in reversed(self._folders):
             if raw == b".":
                 self._metadata.put_on_file(folder.fd, entry)

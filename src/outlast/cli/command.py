@@ -7,16 +7,16 @@ import inspect
 import os
 import signal
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
 import typer
 
 from outlast.cli.output import Failure, JsonPrinter, OutputClosed, Printer, TextPrinter
-from outlast.cli.passphrase import known_secret
+from outlast.cli.passphrase import Secret, known_secret
 from outlast.clock import SYSTEM_CLOCK
-from outlast.errors import Cancelled, InvalidInput, OutlastError, StoreFull, Unavailable
+from outlast.errors import Cancelled, Corrupt, InvalidInput, OutlastError, StoreFull, Unavailable
 
 if TYPE_CHECKING:
     from outlast.repo.repository import Repository
@@ -59,13 +59,15 @@ class Options(NamedTuple):
 
     def over(self, outer: Options) -> Options:
         """These options, and those of `outer` where these say nothing."""
-        return Options(*(inner or other for inner, other in zip(self, outer, strict=True)))
+        return Options._make(inner or other for inner, other in zip(self, outer, strict=True))
 
 
 def shared_options(
     repo: Annotated[
         str | None,
-        typer.Option("--repo", "-r", metavar="URL", help="The repository: a path, s3://, gs://, az:// (or OUTLAST_REPO)."),
+        typer.Option(
+            "--repo", "-r", metavar="URL", help="The repository: a path, s3://, gs://, az:// (or OUTLAST_REPO)."
+        ),
     ] = None,
     passphrase_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="A file that holds the passphrase (or OUTLAST_PASSPHRASE).")
@@ -106,12 +108,26 @@ class Call:
             )
         return open_store(url, SYSTEM_CLOCK)
 
+    def secret(self) -> Secret | None:
+        """How to open a repository that turns out to be encrypted; asks at most once."""
+        secret = known_secret(self.options.passphrase_file, self.options.passphrase_command)
+        return cache(secret) if secret else None
+
     def repository(self) -> Repository:
         """The open repository, which reports to the printer."""
         from outlast.repo.repository import Repository
 
-        secret = known_secret(self.options.passphrase_file, self.options.passphrase_command)
-        return Repository.open(self.store(), secret=secret, sink=self.printer)
+        return Repository.open(self.store(), secret=self.secret(), sink=self.printer)
+
+    def readable_repository(self) -> Repository:
+        """The repository for reading only: where its log is damaged, with what is still there."""
+        from outlast.repo.repository import Repository
+
+        store, secret = self.store(), self.secret()
+        try:
+            return Repository.open(store, secret=secret, sink=self.printer)
+        except Corrupt:
+            return Repository.open_damaged(store, secret=secret, sink=self.printer)
 
 
 def make_printer(options: Options) -> Printer:

@@ -52,7 +52,7 @@ add_command(
     app,
     protect.restore,
     codes=(10, 12, 20, 21),
-    when_stopped="The repository and what was at the target are as before; the same command goes on where this one ended.",
+    when_stopped="The repository and the target are as before; the same command goes on where this one ended.",
 )
 add_command(app, protect.check, codes=(10, 12, 20, 21))
 doctors = new_group("Find out what is wrong with the ground that a repository stands on.")

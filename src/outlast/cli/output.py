@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _WARNINGS_MAX = 100
 _WARNING_ENDINGS = {
     "corrupt", "damaged", "failed", "ignored", "lost", "missing", "not_committed", "not_written",
-    "skipped", "unreadable", "unstable",
+    "skipped", "space", "target_in_source", "unreadable", "unstable",
 }  # fmt: skip
 _BAR_AFTER_SECONDS = 0.5
 _LINE_EVERY_SECONDS = 0.2
@@ -43,7 +43,7 @@ class Failure(NamedTuple):
     exit_code: int
 
 
-class OutputClosed(Exception):  # noqa: N818  not an error of ours: the reader has seen enough
+class OutputClosed(Exception):
     """Nobody reads standard output any more, as behind `| head`."""
 
 

@@ -42,27 +42,67 @@ _LEVEL = 1
 _PLANE_HEAD = struct.Struct("<BI")
 
 
-def encode(plain: bytes | memoryview, item_bytes: int, compression: Compression) -> tuple[int, bytes | memoryview]:
-    """Choose and apply a codec: (codec, encoded bytes).
+class Encoder:
+    """Chooses and applies codecs. It keeps its zstd contexts, which cost more to make than a small
+    chunk costs to compress; so it is for one thread."""
 
-    `item_bytes` is the width of the elements the chunk holds, 0 when it is not an array.
-    """
-    length = len(plain)
-    if compression == "none" or length < _SMALL_BYTES:
-        return RAW, plain
-    if compression == "auto" and item_bytes in (2, 4, 8):
-        encoded = _encode_planes(plain, item_bytes)
-        if encoded is not None:
-            return PLANES, encoded
-        return RAW, plain
-    if not _worth_trying(plain):
-        return RAW, plain
-    packed = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=False).compress(plain)
-    if len(packed) > length * (1 - GAIN_MIN):
-        return RAW, plain
-    if zstandard.ZstdDecompressor().decompress(packed, max_output_size=length) != plain:
-        return RAW, plain
-    return ZSTD, packed
+    def __init__(self, compression: Compression) -> None:
+        self._compression = compression
+        self._compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=False)
+        self._decompressor = zstandard.ZstdDecompressor()
+
+    def encode(self, plain: bytes | memoryview, item_bytes: int) -> tuple[int, bytes | memoryview]:
+        """(codec, encoded bytes). `item_bytes` is the width of the elements that the chunk holds,
+        0 when it is not an array."""
+        if self._compression == "none" or len(plain) < _SMALL_BYTES:
+            return RAW, plain
+        if self._compression == "auto" and item_bytes in (2, 4, 8):
+            planes = self._encode_planes(plain, item_bytes)
+            return (RAW, plain) if planes is None else (PLANES, planes)
+        if not self._worth_trying(plain):
+            return RAW, plain
+        packed = self._compressor.compress(plain)
+        if len(packed) > len(plain) * (1 - GAIN_MIN):
+            return RAW, plain
+        if self._decompressor.decompress(packed, max_output_size=len(plain)) != plain:
+            return RAW, plain
+        return ZSTD, packed
+
+    def _worth_trying(self, plain: bytes | memoryview) -> bool:
+        """Whether samples of the data compress at all; noise is told apart at a fraction of the cost."""
+        length = len(plain)
+        if length <= 4 * _SAMPLE_BYTES:
+            return True
+        starts = (0, (length - _SAMPLE_BYTES) // 2, length - _SAMPLE_BYTES)
+        packed = sum(len(self._compressor.compress(plain[start : start + _SAMPLE_BYTES])) for start in starts)
+        return packed < len(starts) * _SAMPLE_BYTES * (1 - GAIN_MIN / 2)
+
+    def _encode_planes(self, plain: bytes | memoryview, item_bytes: int) -> bytes | None:
+        """The plane form, or None where it saves too little."""
+        whole = len(plain) - len(plain) % item_bytes
+        elements = np.frombuffer(plain, np.uint8, count=whole)
+        heads: list[bytes] = []
+        planes: list[bytes | memoryview] = []
+        stored = 0
+        for view in _plane_views(elements, item_bytes):
+            plane = np.ascontiguousarray(view).data.cast("B") if whole else memoryview(b"")
+            packed = self._compressor.compress(plane) if whole and self._worth_trying(plane) else None
+            if packed is not None and len(packed) <= len(plane) * (1 - GAIN_MIN):
+                heads.append(_PLANE_HEAD.pack(1, len(packed)))
+                planes.append(packed)
+            else:
+                heads.append(_PLANE_HEAD.pack(0, len(plane)))
+                planes.append(plane)
+            stored += len(planes[-1])
+        if stored > len(plain) * (1 - GAIN_MIN):
+            return None
+        encoded = b"".join([bytes([item_bytes]), *heads, *planes, plain[whole:]])
+        if not np.array_equal(
+            np.frombuffer(_decode_planes(memoryview(encoded), len(plain)), np.uint8),
+            np.frombuffer(plain, np.uint8),
+        ):
+            return None
+        return encoded
 
 
 def decode(codec: int, encoded: bytes | memoryview, plain_bytes: int) -> bytes | memoryview:
@@ -89,17 +129,6 @@ def _decompress(packed: bytes | memoryview, plain_bytes: int) -> bytes:
     return zstandard.ZstdDecompressor().decompress(packed, max_output_size=plain_bytes)
 
 
-def _worth_trying(plain: bytes | memoryview) -> bool:
-    """Whether samples of the data compress at all; noise is told apart at a fraction of the cost."""
-    length = len(plain)
-    if length <= 4 * _SAMPLE_BYTES:
-        return True
-    compressor = zstandard.ZstdCompressor(level=_LEVEL)
-    starts = (0, (length - _SAMPLE_BYTES) // 2, length - _SAMPLE_BYTES)
-    packed = sum(len(compressor.compress(plain[start : start + _SAMPLE_BYTES])) for start in starts)
-    return packed < len(starts) * _SAMPLE_BYTES * (1 - GAIN_MIN / 2)
-
-
 def _plane_widths(item_bytes: int) -> list[int]:
     widths = []
     while item_bytes > 1:
@@ -116,35 +145,6 @@ def _plane_views(elements: NDArray[np.uint8], item_bytes: int) -> list[NDArray[n
         views.append(elements.view(f"<u{width}")[start // width :: item_bytes // width])
         start += width
     return views
-
-
-def _encode_planes(plain: bytes | memoryview, item_bytes: int) -> bytes | None:
-    """The plane form, or None where it saves too little."""
-    whole = len(plain) - len(plain) % item_bytes
-    elements = np.frombuffer(plain, np.uint8, count=whole)
-    compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=False)
-    heads: list[bytes] = []
-    planes: list[bytes | memoryview] = []
-    stored = 0
-    for view in _plane_views(elements, item_bytes):
-        plane = np.ascontiguousarray(view).data.cast("B") if whole else memoryview(b"")
-        packed = compressor.compress(plane) if whole and _worth_trying(plane) else None
-        if packed is not None and len(packed) <= len(plane) * (1 - GAIN_MIN):
-            heads.append(_PLANE_HEAD.pack(1, len(packed)))
-            planes.append(packed)
-        else:
-            heads.append(_PLANE_HEAD.pack(0, len(plane)))
-            planes.append(plane)
-        stored += len(planes[-1])
-    if stored > len(plain) * (1 - GAIN_MIN):
-        return None
-    encoded = b"".join([bytes([item_bytes]), *heads, *planes, plain[whole:]])
-    if not np.array_equal(
-        np.frombuffer(_decode_planes(memoryview(encoded), len(plain)), np.uint8),
-        np.frombuffer(plain, np.uint8),
-    ):
-        return None
-    return encoded
 
 
 def _decode_planes(encoded: memoryview, plain_bytes: int) -> memoryview:

@@ -46,6 +46,7 @@ _RECORD = struct.Struct("<32s32sQIIB3x")
 _MAGIC = b"OUTLPACK"
 _FOOT = b"OUTLFOOT"
 _ENCRYPTED = 1
+_SPARE_BYTES = 8
 ALIGN_BYTES = 4096
 ALIGN_MIN_BYTES = 64 << 10
 CHUNK_BYTES_MAX = 32 << 20
@@ -116,7 +117,8 @@ def footer_bytes(tail: bytes, name: str, size: int) -> int:
         raise Corrupt(f"pack {name[:16]} is {size} bytes long, too short to be one.")
     _, count, bases, table_offset, _, magic = TRAILER.unpack(tail[-TRAILER.size :])
     length = count * RECORD.itemsize + bases * 32 + TRAILER.size
-    if magic != _FOOT or table_offset < HEADER.size or table_offset + length != size:
+    spare = tail[-_SPARE_BYTES:]
+    if magic != _FOOT or any(spare) or table_offset < HEADER.size or table_offset + length != size:
         raise Corrupt(f"pack {name[:16]} has no valid footer.")
     return int(length)
 

@@ -20,6 +20,8 @@ from outlast.repo.layout import Malformed, item_bytes
 _MEMORY_PER_BYTE = 48
 _MEMORY_MIN = 4 << 20
 _MEMORY_MAX = 256 << 20
+_STEPS_BETWEEN_CHARGES = 1024
+_STEPS_MAX = 1 << 24  # a tensor takes about 30
 _TEXT_BYTES_MAX = 4096
 _NAME_CHARACTERS_MAX = 4096
 _ALL_NAMES_CHARACTERS_MAX = 32 << 20
@@ -134,28 +136,29 @@ class _Machine:
 
     def run(self) -> Pickled:
         pickle, stack, memo, operations = self.pickle, self.stack, self.memo, _OPERATIONS
-        steps = 0
-        while (code := pickle[self.pos]) != _STOP:
+        pos = steps = 0
+        while (code := pickle[pos]) != _STOP:
             steps += 1
-            # The four commonest operations are written out here: they are two thirds of every pickle.
+            # The commonest operations, two thirds of every pickle, are written out here.
             if code == _BINGET:
-                stack.append(memo[pickle[self.pos + 1]])
-                self.pos += 2
-            elif code == _BINPUT:
-                self.put(pickle[self.pos + 1])
-                self.pos += 2
-            elif code == _LONG_BINPUT:
-                self.pos += 5
-                self.put(int.from_bytes(pickle[self.pos - 4 : self.pos], "little"))
+                stack.append(memo[pickle[pos + 1]])
+                pos += 2
             elif code == _BININT1:
-                stack.append(pickle[self.pos + 1])
-                self.pos += 2
+                stack.append(pickle[pos + 1])
+                pos += 2
+            elif code == _LONG_BINPUT and int.from_bytes(pickle[pos + 1 : pos + 5], "little") == len(memo):
+                memo.append(stack[-1])
+                pos += 5
             else:
-                self.pos += 1
+                self.pos = pos + 1
                 operations[code](self)
-            self.memory_left -= 8
-            if self.memory_left < 0:
-                self.charge(0)
+                pos = self.pos
+                if self.memory_left < 0:
+                    self.charge(0)
+            if not steps % _STEPS_BETWEEN_CHARGES:
+                self.charge(8 * _STEPS_BETWEEN_CHARGES)
+                if steps > _STEPS_MAX:
+                    raise Unreadable("a pickle longer than any model needs")
         return Pickled(stack[-1], self.widths, steps)
 
     def charge(self, memory: int) -> None:
@@ -387,7 +390,7 @@ class _Machine:
         if not isinstance(shape, tuple) or not isinstance(strides, tuple) or len(shape) != len(strides):
             raise Unreadable("a tensor without a shape")
         numbers = (offset, *shape, *strides)
-        if len(shape) > _DIMENSIONS_MAX or any(type(each) is not int or each < 0 for each in numbers):
+        if len(shape) > _DIMENSIONS_MAX or set(map(type, numbers)) != {int} or min(numbers) < 0:
             raise Unreadable("a tensor with an impossible shape")
         # Lazy conjugation or negation: the stored bytes are not the values, so this is no plain tensor.
         if not dtype or any(isinstance(each, Record) and each.items for each in extra):
@@ -408,7 +411,7 @@ class _Machine:
 
 
 _U8, _U16, _I32, _U32, _U64 = Struct("<B"), Struct("<H"), Struct("<i"), Struct("<I"), Struct("<Q")
-_STOP, _BINGET, _BINPUT, _LONG_BINPUT, _BININT1 = b".hqrK"
+_STOP, _BINGET, _LONG_BINPUT, _BININT1 = b".hrK"
 
 _Operation = Callable[[_Machine], object]
 _OPERATIONS: dict[int, _Operation] = {
@@ -471,6 +474,8 @@ _OPERATIONS: dict[int, _Operation] = {
     0x83: lambda m: m.push((m.number(_U16), _OPAQUE)[1]),  # EXT2
     0x84: lambda m: m.push((m.number(_I32), _OPAQUE)[1]),  # EXT4
     ord("Q"): _Machine.persistent,
+    ord("q"): lambda m: m.put(m.number(_U8)),
+    ord("r"): lambda m: m.put(m.number(_U32)),
     0x94: lambda m: m.put(len(m.memo)),  # MEMOIZE
     ord("p"): lambda m: m.put(_decimal(m.line())),
     ord("j"): lambda m: m.get(m.number(_U32)),

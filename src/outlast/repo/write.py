@@ -58,6 +58,7 @@ class Writer:
         self._manifest: list[ChunkRef] = []
         self._lines: list[bytes] = []
         self._line_bytes = 0
+        self._of_thread = threading.local()
         self._cut = cutter(repository.format.chunking)
         self.bytes_added = 0
         self.bytes_stored = 0
@@ -68,8 +69,14 @@ class Writer:
         chunk = seal.chunk_id(plain, repository.keys)
         if repository.knows(chunk):
             return Prepared(chunk, len(plain))
-        number, encoded = codec.encode(plain, item_bytes, repository.format.compression)
+        number, encoded = self._encoder().encode(plain, item_bytes)
         return Prepared(chunk, len(plain), number, encoded)
+
+    def _encoder(self) -> codec.Encoder:
+        encoder: codec.Encoder | None = getattr(self._of_thread, "encoder", None)
+        if encoder is None:
+            encoder = self._of_thread.encoder = codec.Encoder(self._repository.format.compression)
+        return encoder
 
     def add(self, prepared: Prepared) -> ChunkRef:
         """Take a prepared chunk into the open pack, unless it is there or known already."""

@@ -339,16 +339,13 @@ class LocalStore:
     def _write_blocks(self, fd: int, views: Sequence[Buffer], block: memoryview, direct: bool) -> None:
         """Write the joined views through one page-aligned buffer.
 
-        O_DIRECT takes whole blocks only, so the last one is padded and the caller cuts the file to
-        its true size. A file system that accepts the flag but not the write gets the same bytes
+        O_DIRECT takes whole blocks only, so the last one is written whole and the caller cuts the
+        file to its true size. A file system that accepts the flag but not the write gets the same bytes
         through its page cache.
         """
         offset = 0
         for filled in _fill(views, block):
-            length = filled
-            if direct and filled % BLOCK_BYTES:
-                length = -(-filled // BLOCK_BYTES) * BLOCK_BYTES
-                block[filled:length] = bytes(length - filled)
+            length = -(-filled // BLOCK_BYTES) * BLOCK_BYTES if direct else filled
             try:
                 self._write_all(fd, block[:length], offset)
             except OSError as exc:

@@ -1,0 +1,51 @@
+"""The commands that find out what is wrong with the ground that a repository stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from outlast.cli.command import FAILED, Call
+from outlast.cli.text import count_text, duration_text, printable
+
+if TYPE_CHECKING:
+    from outlast.testing.conformance import CheckResult
+
+
+def store(
+    call: Call,
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="A path, s3://, gs:// or az://, as for --repo.", show_default=False)
+    ],
+) -> int:
+    """Check that a store keeps the promises a repository needs.
+
+    It writes about 40 MiB below a name of its own, touches nothing else, and removes what it wrote.
+    """
+    import msgspec
+
+    from outlast.clock import SYSTEM_CLOCK
+    from outlast.store.layers import open_store
+    from outlast.testing.conformance import check_store
+
+    place = open_store(url, SYSTEM_CLOCK)
+    results = list(check_store(place))
+    ok = all(result.passed for result in results)
+    document = {"url": place.url, "ok": ok, "checks": msgspec.to_builtins(results)}
+    call.printer.result(document, _lines(place.url, results), always=True)
+    return 0 if ok else FAILED
+
+
+def _lines(url: str, results: list[CheckResult]) -> Iterator[str]:
+    for result in results:
+        mark = "ok    " if result.passed else "FAILED"
+        detail = f"  ({printable(result.detail)})" if result.detail else ""
+        yield f"{mark}  {duration_text(result.seconds):>8}  {printable(result.name)}{detail}"
+    failed = sum(not result.passed for result in results)
+    promises = count_text(len(results), "promise")
+    if failed:
+        yield f"{printable(url)} broke {failed} of {promises}: don't keep a repository there."
+    else:
+        yield f"{printable(url)} kept all {promises}: a repository is safe there."

@@ -1,0 +1,246 @@
+"""The commands that look into snapshots: show, diff."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from outlast.cli.command import CORRUPT, Call
+from outlast.cli.protect import snapshot_document, tags_text
+from outlast.cli.text import (
+    count_text,
+    path_shown,
+    printable,
+    shape_text,
+    short_id,
+    size_text,
+    table,
+    time_text,
+)
+from outlast.errors import NotFound
+
+if TYPE_CHECKING:
+    from outlast.backup.inspect import DiffReport, FileView
+    from outlast.records import Entry, Snapshot
+    from outlast.repo.formats import Tensor
+
+_TENSORS_SHOWN = 20
+_CHANGES_SHOWN = 100
+
+SnapshotId = Annotated[
+    str, typer.Argument(metavar="SNAPSHOT", help="The first characters of an id, or `latest`.", show_default=False)
+]
+
+
+def show(
+    call: Call,
+    snapshot: SnapshotId,
+    path: Annotated[
+        str | None, typer.Argument(metavar="[PATH]", help="Only this file or folder, with all its tensors.")
+    ] = None,
+) -> int:
+    """List the files of a snapshot, and the tensors inside them: name, dtype, shape, bytes."""
+    from outlast.backup import inspect
+
+    repository = call.readable_repository()
+    chosen = repository.find_snapshot(snapshot)
+    views = inspect.show(repository, chosen, _below(os.fsencode(path)) if path else lambda entry: True)
+    first = next(views, None)
+    if path and first is None:
+        raise NotFound(
+            f"snapshot {short_id(chosen.id)} has no {path!r}.",
+            hint=f"`outlast show {short_id(chosen.id)}` lists what it has.",
+        )
+    damaged: list[str] = []
+    found = _noting_damage(chain([first] if first else [], views), damaged)
+    document = snapshot_document(chosen)
+    document["file_count"] = document.pop("files")
+    document["files"] = map(_view_document, found)
+    call.printer.result(document, _show_lines(chosen, found, whole=path is not None), always=True)
+    return CORRUPT if damaged else 0
+
+
+def _below(wanted: bytes) -> Any:
+    wanted = os.path.normpath(wanted)
+    inside = wanted + b"/"
+
+    def fits(entry: Entry) -> bool:
+        raw = entry.raw_path
+        return raw == wanted or raw.startswith(inside) or wanted == b"."
+
+    return fits
+
+
+def _noting_damage(views: Iterable[FileView], damaged: list[str]) -> Iterator[FileView]:
+    for view in views:
+        if view.problem:
+            damaged.append(view.entry.path)
+        yield view
+
+
+def _view_document(view: FileView) -> dict[str, Any]:
+    entry = view.entry
+    document: dict[str, Any] = {
+        "path": entry.path,
+        "type": entry.type,
+        "size": entry.size,
+        "mode": f"{entry.mode:04o}",
+        "mtime": _moment(entry.mtime_ns),
+        "mtime_ns": entry.mtime_ns,
+    }
+    for name in ("target", "reason", "unstable"):
+        if getattr(entry, name):
+            document[name] = getattr(entry, name)
+    if view.problem:
+        document["problem"] = view.problem
+    if view.format is not None:
+        document["format"] = view.format
+        document["tensors"] = [_tensor_document(tensor) for tensor in view.tensors or ()]
+    return document
+
+
+def _moment(time_ns: int) -> str | None:
+    """RFC 3339, or None for a time that has no such text."""
+    from outlast.records import time_text as rfc3339
+
+    try:
+        return rfc3339(time_ns)
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+def _tensor_document(tensor: Tensor) -> dict[str, Any]:
+    return {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "bytes": tensor.length}
+
+
+def _show_lines(snapshot: Snapshot, views: Iterable[FileView], *, whole: bool) -> Iterator[str]:
+    yield f"Snapshot {short_id(snapshot.id)}  {printable(snapshot.name)}  {time_text(snapshot.time)} UTC"
+    origin = f" from {printable(', '.join(snapshot.sources))}" if snapshot.sources else ""
+    host = f" on {printable(snapshot.host)}" if snapshot.host else ""
+    tags = f"; tags {tags_text(snapshot)}" if snapshot.tags else ""
+    yield f"{count_text(snapshot.files, 'file')}, {size_text(snapshot.bytes)}{origin}{host}{tags}"
+    yield ""
+    for view in views:
+        yield _view_line(view)
+        if view.tensors:
+            yield from _tensor_lines(view, snapshot, None if whole else _TENSORS_SHOWN)
+
+
+def _view_line(view: FileView) -> str:
+    entry = view.entry
+    size = size_text(entry.size) if entry.type == "file" else entry.type
+    line = f"{size:>10}  {path_shown(entry.path)}"
+    if entry.type == "dir":
+        line += "" if entry.path == "." else "/"
+    elif entry.type == "symlink":
+        line += f" -> {path_shown(entry.target)}"
+    elif entry.type == "hardlink":
+        line += f" = {path_shown(entry.target)}"
+    elif entry.type == "unreadable":
+        line += f"  ({printable(entry.reason)})"
+    if view.format is not None:
+        line += f"  ({view.format}, {count_text(len(view.tensors or ()), 'tensor')})"
+    if entry.unstable:
+        line += "  (unstable: it changed while it was read)"
+    if view.problem:
+        line += f"  (damaged: {printable(view.problem)})"
+    return line
+
+
+def _tensor_lines(view: FileView, snapshot: Snapshot, limit: int | None) -> Iterator[str]:
+    tensors = view.tensors or []
+    shown = tensors[:limit]
+    rows = [(printable(each.name), each.dtype, shape_text(each.shape), size_text(each.length)) for each in shown]
+    for line in table(("", "", "", "bytes"), rows, right="bytes"):
+        if line.strip() != "bytes":
+            yield f"{'':14}{line}"
+    if len(shown) < len(tensors):
+        yield (
+            f"{'':14}… and {len(tensors) - len(shown):,} more: "
+            f"`outlast show {short_id(snapshot.id)} {path_shown(view.entry.path)}` lists all"
+        )
+
+
+def diff(
+    call: Call,
+    before: Annotated[str, typer.Argument(metavar="BEFORE", help="The earlier snapshot.", show_default=False)],
+    after: Annotated[str, typer.Argument(metavar="AFTER", help="The later one, or `latest`.", show_default=False)],
+) -> int:
+    """Compare two snapshots: files and tensors added, removed, changed, and by how many bytes."""
+    import msgspec
+
+    from outlast.backup import inspect
+
+    repository = call.readable_repository()
+    old, new = repository.find_snapshot(before), repository.find_snapshot(after)
+    report = inspect.diff(repository, old, new)
+    call.printer.result(msgspec.to_builtins(report), _diff_lines(report), always=True)
+    return CORRUPT if report.problems else 0
+
+
+def _diff_lines(report: DiffReport) -> Iterator[str]:
+    files, tensors = report.files, report.tensors
+    yield f"From snapshot {short_id(report.before)} to {short_id(report.after)}:"
+    yield from _changes(
+        "Files",
+        [("+", path_shown(each.path), size_text(each.bytes), "") for each in files.added],
+        [("-", path_shown(each.path), size_text(each.bytes), "") for each in files.removed],
+        [
+            (
+                "~",
+                path_shown(each.path),
+                size_text(each.bytes_changed) if "content" in each.what else "",
+                f"of {size_text(each.bytes_after)}" if each.what == ["content"] else ", ".join(each.what),
+            )
+            for each in files.changed
+        ],
+        f"{size_text(report.bytes_added)} added, {size_text(report.bytes_removed)} removed, "
+        f"{size_text(report.bytes_changed)} changed",
+    )
+    groups: list[Sequence[Any]] = [tensors.added, tensors.removed, tensors.changed]
+    if any(groups):
+        many = len({each.path for group in groups for each in group}) > 1
+
+        def name(each: Any) -> str:
+            return (f"{path_shown(each.path)}: " if many else "") + printable(each.name)
+
+        yield from _changes(
+            "Tensors",
+            [("+", name(each), size_text(each.bytes), _kind(each)) for each in tensors.added],
+            [("-", name(each), size_text(each.bytes), _kind(each)) for each in tensors.removed],
+            [
+                (
+                    "~",
+                    name(each),
+                    size_text(each.bytes_changed),
+                    f"of {size_text(each.bytes)}  {_kind(each)}",
+                )
+                for each in tensors.changed
+            ],
+            f"{size_text(sum(each.bytes_changed for each in tensors.changed))} changed",
+        )
+    for problem in report.problems:
+        yield f"Damaged, so not compared inside: {printable(problem)}"
+
+
+def _kind(tensor: Any) -> str:
+    now = f"{tensor.dtype} {shape_text(tensor.shape)}"
+    was = getattr(tensor, "shape_before", None)
+    return now if was is None else f"{now}, was {tensor.dtype_before} {shape_text(was)}"
+
+
+def _changes(
+    title: str, added: Sequence[Any], removed: Sequence[Any], changed: Sequence[Any], how_much: str
+) -> Iterator[str]:
+    """A summary line, then the rows; the largest part of a long list is left to --json."""
+    yield f"{title}: {len(added):,} added, {len(removed):,} removed, {len(changed):,} changed ({how_much})"
+    rows = [*added, *removed, *changed]
+    for line in table(("", "", "bytes", ""), rows[:_CHANGES_SHOWN], right="bytes"):
+        if line.strip() != "bytes":
+            yield f"  {line}"
+    if len(rows) > _CHANGES_SHOWN:
+        yield f"  … and {len(rows) - _CHANGES_SHOWN:,} more; --json has them all"

@@ -1,0 +1,162 @@
+"""The index finds what was put in and nothing else, however it was put in, and refuses damaged segments."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from outlast.errors import Corrupt
+from outlast.repo import codec, pack, seal
+from outlast.repo.index import Index, build_segment, segment_name
+from outlast.repo.pack import EncodedChunk, Footer
+
+KEYS = seal.new_keys(b"r" * 16, bytes(range(64)))
+
+
+def chunk_name(number: int) -> bytes:
+    """Ids of which many share their first 8 bytes, by which the index sorts."""
+    return struct.pack(">Q", number % 3 * 2**62) + bytes(20) + struct.pack(">I", number)
+
+
+def footer(salt: int, numbers: list[int]) -> Footer:
+    chunks = [EncodedChunk(chunk_name(number), codec.RAW, number, bytes(number)) for number in numbers]
+    return pack.build(chunks, None, salt.to_bytes(32, "big")).footer
+
+
+footers = st.lists(st.lists(st.integers(0, 40), max_size=12, unique=True), max_size=6).map(
+    lambda packs: [footer(salt, numbers) for salt, numbers in enumerate(packs)]
+)
+
+
+def expected_places(parts: list[Footer]) -> dict[bytes, set[tuple[str, int]]]:
+    places: dict[bytes, set[tuple[str, int]]] = {}
+    for part in parts:
+        for row in part.records:
+            places.setdefault(row["id"].tobytes(), set()).add((part.name, int(row["offset"])))
+    return places
+
+
+def assert_holds(index: Index, parts: list[Footer]) -> None:
+    places = expected_places(parts)
+    for number in range(45):
+        chunk = chunk_name(number)
+        found = {(copy.pack.name, copy.offset) for copy in index.copies(chunk)}
+        assert found == places.get(chunk, set())
+        location = index.get(chunk)
+        if location is None:
+            assert not found
+        else:
+            assert (location.pack.name, location.offset) in found
+            assert (location.plain_bytes, location.stored_bytes) == (number, number)
+
+
+@given(parts=footers, ways=st.lists(st.sampled_from(["footer", "segment", "recent"]), min_size=6, max_size=6))
+@settings(max_examples=150, deadline=None)
+def test_every_chunk_is_found_whatever_way_it_came(parts: list[Footer], ways: list[str]) -> None:
+    index = Index()
+    for part, way in zip(parts, ways, strict=False):
+        if way == "footer":
+            index.add([part])
+        elif way == "segment":
+            data = build_segment([part])
+            index.add_segment(data, segment_name(data, None), None)
+    index.sort()
+    recent = [part for part, way in zip(parts, ways, strict=False) if way == "recent"]
+    if len(expected_places(recent)) == sum(len(part.records) for part in recent):
+        for part in recent:
+            index.add_recent(part)
+        assert_holds(index, parts)
+    else:
+        # Of its own packs a process keeps one copy of a chunk in mind; that is enough to find it.
+        for part in recent:
+            index.add_recent(part)
+        assert all(index.get(chunk) for chunk in expected_places(parts))
+
+
+@given(parts=footers, twice=footers)
+@settings(max_examples=60, deadline=None)
+def test_segments_that_overlap_add_nothing_twice(parts: list[Footer], twice: list[Footer]) -> None:
+    index = Index()
+    for group in (parts, parts[1:], parts[::-1]):
+        data = build_segment(group)
+        index.add_segment(data, segment_name(data, None), None)
+    index.add(parts)
+    index.sort()
+    assert len(index) == sum(len(part.records) for part in {part.name: part for part in parts}.values())
+    assert_holds(index, list({part.name: part for part in parts}.values()))
+
+
+@given(parts=footers, gone=st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_a_forgotten_pack_leaves_the_others(parts: list[Footer], gone: int) -> None:
+    index = Index()
+    index.add(parts[::2])
+    index.sort()
+    for part in parts[1::2]:
+        index.add([part])
+    if gone < len(parts):
+        index.forget_pack(parts[gone].name)
+        parts = [part for part in parts if part.name != parts[gone].name]
+    index.sort()
+    assert_holds(index, parts)
+
+
+def test_forgetting_the_only_pack_leaves_an_index_that_works() -> None:
+    index, part = Index(), footer(1, [3, 4])
+    index.add([part])
+    index.forget_pack(part.name)
+    assert_holds(index, [])
+    index.add([footer(2, [3])])
+    index.sort()
+    assert_holds(index, [footer(2, [3])])
+
+
+def test_the_last_copy_counts() -> None:
+    index, old, new = Index(), footer(1, [5, 6]), footer(2, [6])
+    index.add([old, new])
+    index.sort()
+    location = index.get(chunk_name(6))
+    assert location is not None
+    assert location.pack.name == new.name
+
+
+@pytest.mark.parametrize("keys", [None, KEYS], ids=["plain", "keyed"])
+def test_every_changed_byte_of_a_segment_is_noticed_and_changes_nothing(keys: seal.Keys | None) -> None:
+    data = build_segment([footer(1, [1, 2])])
+    name = segment_name(data, keys)
+    for at in range(len(data)):
+        damaged = bytearray(data)
+        damaged[at] ^= 1
+        index = Index()
+        with pytest.raises(Corrupt):
+            index.add_segment(bytes(damaged), name, keys)
+        assert (len(index), index.packs) == (0, set())
+    for length in range(len(data)):
+        with pytest.raises(Corrupt):
+            Index().add_segment(data[:length], name, keys)
+
+
+def test_a_segment_of_somebody_without_the_keys_is_refused() -> None:
+    data = build_segment([footer(1, [1, 2])])
+    with pytest.raises(Corrupt):
+        Index().add_segment(data, segment_name(data, None), KEYS)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"OUTLINDX",
+        struct.pack("<8sII", b"OUTLINDX", 1, 2**32 - 1),
+        struct.pack("<8sII", b"OUTLINDX", 2, 0),
+        struct.pack("<8sII", b"OUTLINDX", 1, 2) + b"{}",
+        struct.pack("<8sII", b"OUTLINDX", 1, 33) + b'{"packs":[],"records":4294967295} ',
+        struct.pack("<8sII", b"OUTLINDX", 1, 24) + b'{"packs":[],"records":1}' + bytes(56),
+    ],
+)
+def test_malformed_segments_are_refused_even_with_a_right_name(data: bytes) -> None:
+    with pytest.raises(Corrupt):
+        Index().add_segment(data, segment_name(data, None), None)
