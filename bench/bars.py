@@ -26,6 +26,8 @@ class Bar:
 
     @property
     def text(self) -> str:
+        if self.limit == 1:
+            return f"{'no slower' if self.kind == 'slower' else 'faster'} than {self.against}"
         if self.kind == "slower":
             return f"at most {self.limit:g}x the time of {self.against}"
         if self.kind == "faster":

@@ -20,31 +20,37 @@ def matcher(globs: Sequence[str]) -> Callable[[bytes], bool]:
     patterns = [_translate(glob) for glob in globs]
     if not patterns:
         return lambda path: False
-    joined = re.compile(b"|".join(patterns), re.DOTALL)
-    return lambda path: joined.match(path) is not None
+    joined = re.compile("|".join(patterns), re.DOTALL)
+    # As text, so that `?` is a character and not a byte; names that are no UTF-8 keep their odd bytes.
+    return lambda path: joined.match(path.decode("utf-8", "surrogateescape")) is not None
 
 
-def _translate(glob: str) -> bytes:
+def _translate(glob: str) -> str:
     text = glob.strip("/")
     if not text:
         raise InvalidInput(f"the pattern {glob!r} matches nothing.", hint="Give a glob such as '*.tmp' or 'logs/**'.")
     anchored = "/" in glob.rstrip("/")
     parts = re.findall(r"\*\*/?|\*|\?|\[!?\]?[^\]]*\]|.", text, re.DOTALL)
-    pattern = "".join(map(_regex, parts))
-    body = pattern.encode("utf-8", "surrogateescape")
-    return (b"" if anchored else b"(?:.*/)?") + body + b"(?:/.*)?\\Z"
+    pattern = "".join(_token(token) for token in re.findall(r"\*\*/?|\*|\?|\[!?\]?[^\]]*\]|.", text, re.DOTALL))
+    pattern = ("" if anchored else "(?:.*/)?") + pattern + "(?:/.*)?\\Z"
+    try:
+        re.compile(pattern)
+    except re.error as exc:
+        raise InvalidInput(f"the pattern {glob!r} can't be understood: {exc}.") from exc
+    return pattern
 
 
-def _regex(part: str) -> str:
-    if part == "**/":
+def _token(token: str) -> str:
+    if token == "**/":
         return "(?:.*/)?"
-    if part == "**":
+    if token == "**":
         return ".*"
-    if part == "*":
+    if token == "*":
         return "[^/]*"
-    if part == "?":
+    if token == "?":
         return "[^/]"
-    if part.startswith("[") and part.endswith("]") and len(part) > 2:
-        inner = part[1:-1].replace("\\", "\\\\")
-        return f"[{'^' + inner[1:] if inner.startswith('!') else inner}]"
-    return re.escape(part)
+    if token.startswith("[") and token.endswith("]") and token.strip("[!]"):
+        negated = token.startswith("[!")
+        inner = re.sub(r"([\\\[\]&|~^])", r"\\\1", token[2 if negated else 1 : -1])
+        return f"(?!/)[{'^' if negated else ''}{inner}]"
+    return re.escape(token)

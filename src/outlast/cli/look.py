@@ -24,7 +24,7 @@ from outlast.cli.text import (
 from outlast.errors import NotFound
 
 if TYPE_CHECKING:
-    from outlast.backup.inspect import DiffReport, FileView
+    from outlast.backup.inspect import DiffReport, FileSide, FileView
     from outlast.records import Entry, Snapshot
     from outlast.repo.formats import Tensor
 
@@ -187,8 +187,8 @@ def _diff_lines(report: DiffReport) -> Iterator[str]:
     yield f"From snapshot {short_id(report.before)} to {short_id(report.after)}:"
     yield from _changes(
         "Files",
-        [("+", path_shown(each.path), size_text(each.bytes), "") for each in files.added],
-        [("-", path_shown(each.path), size_text(each.bytes), "") for each in files.removed],
+        [("+", *_side(each)) for each in files.added],
+        [("-", *_side(each)) for each in files.removed],
         [
             (
                 "~",
@@ -225,6 +225,10 @@ def _diff_lines(report: DiffReport) -> Iterator[str]:
         )
     for problem in report.problems:
         yield f"Damaged, so not compared inside: {printable(problem)}"
+
+
+def _side(file: FileSide) -> tuple[str, str, str]:
+    return path_shown(file.path), size_text(file.bytes) if file.type == "file" else file.type, ""
 
 
 def _kind(tensor: Any) -> str:

@@ -1,0 +1,494 @@
+"""The real command line, as a process of its own: results, errors, exit codes, secrets, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from outlast.clock import SYSTEM_CLOCK
+
+PASSPHRASE = "correct horse battery staple"
+COMMANDS = ["init", "backup", "snapshots", "show", "diff", "restore", "check", "doctor store"]
+
+
+class Ran:
+    """A finished command; `json` is its one document."""
+
+    def __init__(self, ran: subprocess.CompletedProcess[bytes]) -> None:
+        self.code = ran.returncode
+        self.out = ran.stdout.decode()
+        self.err = ran.stderr.decode()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+class Shell:
+    """Runs commands in one folder, with one repository in the environment."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {name: text for name, text in os.environ.items() if not name.startswith("OUTLAST_")}
+        self.environment |= {"OUTLAST_REPO": str(folder / "repo"), "COLUMNS": "100"}
+
+    def argv(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "outlast", *arguments]
+
+    def __call__(self, *arguments: str, code: int = 0, without: str = "", **environment: str) -> Ran:
+        env = {name: text for name, text in (self.environment | environment).items() if name != without}
+        ran = Ran(
+            subprocess.run(
+                self.argv(*arguments),
+                cwd=self.folder,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=120,
+            )
+        )
+        assert ran.code == code, f"outlast {' '.join(arguments)} gave {ran.code}:\n{ran.out}\n{ran.err}"
+        assert "Traceback" not in ran.err or "--debug" in arguments
+        return ran
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    return Shell(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with one snapshot of a small model folder, to be copied."""
+    shell = Shell(tmp_path_factory.mktemp("template"))
+    model = shell.folder / "model"
+    model.mkdir()
+    weights(model / "model.safetensors", scale=1)
+    (model / "config.json").write_text("{}")
+    (model / "tab\there").write_text("odd name")
+    shell("init")
+    shell("backup", "model", "--name", "tiny", "--tag", "run=1", "--tag", "odd=a=b")
+    return shell.folder
+
+
+@pytest.fixture
+def filled(shell: Shell, template: Path) -> Shell:
+    shutil.copytree(template, shell.folder, dirs_exist_ok=True)
+    return shell
+
+
+def weights(path: Path, scale: float, **more: np.ndarray) -> None:
+    state = {"layer.weight": np.arange(3000, dtype=np.float32), "head.weight": np.full((20, 50), scale, np.float32)}
+    save_file({**state, **more}, path)
+
+
+# -- what each command gives -------------------------------------------------------------------------
+
+
+def test_the_main_job_with_json(shell: Shell) -> None:
+    (shell.folder / "data").mkdir()
+    (shell.folder / "data" / "file").write_bytes(b"x" * 5000)
+    made = shell("init", "--json", "--compression", "none").json
+    assert (made["encrypted"], made["compression"], made["version"]) == (False, "none", 1)
+
+    report = shell("backup", "data", "--json", "--tag", "a=1").json
+    assert {"snapshot", "files", "bytes", "bytes_added", "bytes_stored", "unreadable", "seconds"} <= report.keys()
+    assert (report["files"], report["bytes"], report["unreadable"], report["problems"]) == (1, 5000, 0, [])
+
+    [listed] = shell("snapshots", "--json").json
+    assert {"id", "time", "name", "tags", "files", "bytes", "bytes_added"} <= listed.keys()
+    assert (listed["id"], listed["name"], listed["tags"]) == (report["snapshot"], "data", {"a": "1"})
+    assert shell("snapshots", "--json", "--tag", "a=2").json == []
+
+    plan = shell("restore", "latest", "--to", "back", "--dry-run", "--json").json
+    assert (plan["dry_run"], plan["files"], plan["bytes"], plan["bytes_present"]) == (True, 1, 5000, 0)
+    assert not (shell.folder / "back").exists()
+    restored = shell("restore", report["snapshot"][:8], "--to", "back", "--json").json
+    assert {"snapshot", "files", "bytes", "bytes_fetched", "seconds"} <= restored.keys()
+    assert restored["verified"] is True
+    assert (shell.folder / "back" / "file").read_bytes() == b"x" * 5000
+
+    checked = shell("check", "--data", "all", "--json").json
+    assert {"snapshots", "packs", "chunks", "bytes_read"} <= checked.keys()
+    assert (checked["ok"], checked["damaged"]) == (True, [])
+
+
+def test_the_main_job_for_people(filled: Shell) -> None:
+    listing = filled("snapshots").out.splitlines()
+    assert listing[0].split()[:2] == ["ID", "TIME"]
+    assert "run=1 odd=a=b" in listing[1]
+    shown = filled("show", "latest").out
+    assert re.search(r"KiB  model\.safetensors  \(safetensors, 2 tensors\)\n +\S+ +F32 +\[", shown)
+    assert "tab\\there" in shown
+    again = filled("backup", "model", "--name", "tiny").out
+    assert re.match(r"Snapshot [0-9a-f]{8} of tiny: 3 files, 15\.\d KiB, in ", again)
+    first = filled("restore", "latest", "--to", "out").out
+    assert "every byte was verified" in first
+    (filled.folder / "out" / "config.json").write_text("changed")
+    assert re.search(r"kept as .*out\.before-", filled("restore", "latest", "--to", "out").out)
+    assert "No damage found. Checked 2 snapshots" in filled("check").out
+    assert filled("backup", "model", "--quiet").out == ""
+
+
+def test_show_json_lists_files_and_tensors(filled: Shell) -> None:
+    document = filled("show", "latest", "--json").json
+    assert (document["name"], document["file_count"]) == ("tiny", 3)
+    files = {file["path"]: file for file in document["files"]}
+    assert {".", "config.json", "model.safetensors", "tab\there"} == files.keys()
+    assert files["."]["type"] == "dir"
+    assert files["config.json"]["size"] == 2
+    assert "format" not in files["config.json"]
+    tensors = {each["name"]: each for each in files["model.safetensors"]["tensors"]}
+    assert tensors["head.weight"] == {"name": "head.weight", "dtype": "F32", "shape": [20, 50], "bytes": 4000}
+    [only] = filled("show", "latest", "config.json", "--json").json["files"]
+    assert only["path"] == "config.json"
+
+
+def test_diff_names_the_changed_tensor_and_file(filled: Shell) -> None:
+    first = filled("snapshots", "--json").json[0]["id"]
+    weights(filled.folder / "model" / "model.safetensors", 2, extra=np.zeros(3, np.int64))
+    (filled.folder / "model" / "config.json").unlink()
+    (filled.folder / "model" / "new").write_text("new")
+    filled("backup", "model", "--name", "tiny")
+    report = filled("diff", first, "latest", "--json").json
+    assert [file["path"] for file in report["files"]["added"]] == ["new"]
+    assert [file["path"] for file in report["files"]["removed"]] == ["config.json"]
+    assert [tensor["name"] for tensor in report["tensors"]["added"]] == ["extra"]
+    [tensor] = report["tensors"]["changed"]
+    assert (tensor["name"], tensor["bytes"], tensor["bytes_changed"]) == ("head.weight", 4000, 4000)
+    text = filled("diff", first, "latest").out
+    assert "Tensors: 1 added, 0 removed, 1 changed" in text
+    assert re.search(r"~  head\.weight +3\.9 KiB  of 3\.9 KiB", text)
+
+
+def test_one_tensor_comes_back_as_safetensors(filled: Shell) -> None:
+    filled("restore", "latest", "--to", "one.safetensors", "--tensor", "head.weight")
+    [(name, array)] = load_file(filled.folder / "one.safetensors").items()
+    assert name == "head.weight"
+    assert np.array_equal(array, np.full((20, 50), 1, np.float32))
+
+
+def test_options_stand_before_or_after_the_command(filled: Shell) -> None:
+    repo = str(filled.folder / "repo")
+    after = filled("snapshots", "--json", "-r", repo, without="OUTLAST_REPO").json
+    before = filled("--json", "--repo", repo, "snapshots", without="OUTLAST_REPO").json
+    assert before == after != []
+    filled("--repo", str(filled.folder / "elsewhere"), "snapshots", "--repo", repo)
+
+
+def test_json_lines_tell_progress_and_end_with_the_result(filled: Shell) -> None:
+    (filled.folder / "model" / "big").write_bytes(bytes(range(256)) * 20_000)
+    lines = [json.loads(line) for line in filled("--json-lines", "backup", "model").out.splitlines()]
+    assert lines[-1]["files"] == 4
+    assert all(set(line) <= {"progress", "event"} for line in lines[:-1])
+    assert any("progress" in line for line in lines)
+
+
+def test_doctor_says_which_promises_a_store_keeps(shell: Shell) -> None:
+    report = shell("doctor", "store", "memory://", "--json").json
+    assert report["ok"]
+    assert {"name", "passed", "detail", "seconds"} <= report["checks"][0].keys()
+    assert "a repository is safe there" in shell("doctor", "store", "memory://").out
+
+
+# -- bad input: one sentence, the right code, nothing lost -------------------------------------------
+
+
+def newer_version(shell: Shell) -> None:
+    path = shell.folder / "repo" / "format"
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes().replace(b'"version":1', b'"version":9'))
+
+
+def damaged_log(shell: Shell) -> None:
+    [entry, *_] = sorted((shell.folder / "repo" / "log").iterdir())
+    entry.chmod(0o644)
+    entry.write_bytes(entry.read_bytes().replace(b'"seq"', b'"sEq"'))
+
+
+BAD: dict[str, tuple[Sequence[str], int, str, Callable[[Shell], None] | None]] = {
+    "no repository there": (["snapshots", "--repo", "elsewhere"], 10, "no_repository", None),
+    "unknown kind of store": (["snapshots", "--repo", "ftp://x"], 2, "invalid_input", None),
+    "repository exists": (["init"], 21, "refused", None),
+    "repository of a newer version": (["backup", "model"], 21, "refused", newer_version),
+    "damaged log": (["backup", "model"], 20, "corrupt", damaged_log),
+    "no source exists": (["backup", "nothing", "nowhere"], 2, "invalid_input", None),
+    "unknown snapshot": (["restore", "0123456789", "--to", "x"], 1, "not_found", None),
+    "no snapshot of that name": (["restore", "latest", "--name", "none", "--to", "x"], 1, "not_found", None),
+    "no such path": (["show", "latest", "nothing"], 1, "not_found", None),
+    "no such tensor": (["restore", "latest", "--to", "x.safetensors", "--tensor", "none"], 1, "not_found", None),
+    "target is a file": (["restore", "latest", "--to", "model/config.json"], 2, "invalid_input", None),
+    "repository in the target": (["restore", "latest", "--to", "."], 21, "refused", None),
+    "unknown option": (["backup", "model", "--fast"], 2, "invalid_input", None),
+    "unknown command": (["bakup", "model"], 2, "invalid_input", None),
+    "missing argument": (["backup"], 2, "invalid_input", None),
+    "missing --to": (["restore", "latest"], 2, "invalid_input", None),
+    "malformed tag": (["backup", "model", "--tag", "novalue"], 2, "invalid_input", None),
+    "malformed share": (["check", "--data", "150%"], 2, "invalid_input", None),
+    "unknown compression": (["init", "--repo", "other", "--compression", "zip"], 2, "invalid_input", None),
+    "passphrase without --encrypt": (["init", "--repo", "o", "--passphrase-file", "f"], 2, "invalid_input", None),
+    "no passphrase": (["init", "--repo", "other", "--encrypt"], 12, "wrong_key", None),
+    "dry run of tensors": (["restore", "latest", "--to", "x", "--tensor", "a", "--dry-run"], 2, "invalid_input", None),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_sentence_and_the_right_code(filled: Shell, case: str) -> None:
+    arguments, code, kind, spoil = BAD[case]
+    if spoil:
+        spoil(filled)
+    before = sorted(path.name for path in (filled.folder / "repo").rglob("*"))
+    human = filled(*arguments, code=code)
+    assert human.out == ""
+    message, *hint = human.err.splitlines()
+    assert re.fullmatch(r"outlast: .+[.?)]", message)
+    assert len(hint) <= 1
+    error = filled(*arguments, "--json", code=code).json
+    assert error.keys() == {"error"}
+    assert (error["error"]["kind"], error["error"]["exit_code"]) == (kind, code)
+    assert f"outlast: {error['error']['message']}" == message
+    assert sorted(path.name for path in (filled.folder / "repo").rglob("*")) == before
+
+
+def test_no_repository_named(shell: Shell) -> None:
+    assert "OUTLAST_REPO" in shell("snapshots", code=2, without="OUTLAST_REPO").err
+
+
+def test_no_arguments_show_the_help(shell: Shell) -> None:
+    assert "Commands:" in shell(code=2).out
+
+
+def test_a_missing_source_among_others_is_partly_done(filled: Shell) -> None:
+    ran = filled("backup", "model", "nothing", "--json", code=3)
+    assert (ran.json["files"], ran.json["unreadable"]) == (3, 1)
+    assert [problem["path"] for problem in ran.json["problems"]] == ["nothing"]
+    human = filled("backup", "model", "nothing", code=3)
+    assert re.search("warning: nothing: No such file", human.err)
+    assert "1 file could not be read" in human.out
+
+
+def test_what_has_no_content_is_named_and_the_rest_is_kept(filled: Shell) -> None:
+    with socket.socket(socket.AF_UNIX) as endpoint:
+        here = Path.cwd()
+        os.chdir(filled.folder)  # the path of a socket may have 107 bytes only
+        try:
+            endpoint.bind("model/socket")
+        finally:
+            os.chdir(here)
+        ran = filled("backup", "model", "--json", code=3)
+    assert ran.json["unreadable"] == 1
+    assert filled("snapshots", "--json").json[-1]["unreadable"] == 1
+
+
+def test_check_names_what_a_flipped_bit_costs(filled: Shell) -> None:
+    [pack] = (path for path in (filled.folder / "repo" / "packs").rglob("*") if path.is_file())
+    data = bytearray(pack.read_bytes())
+    data[5000] ^= 1
+    pack.chmod(0o644)
+    pack.write_bytes(data)
+    report = filled("check", "--data", "all", "--json", code=20).json
+    assert not report["ok"]
+    assert pack.name in report["damaged"][0]["object"]
+    assert report["damaged"][0]["files"]
+    text = filled("check", "--data", "all", code=20).out
+    assert re.search(rf"Damaged: \S*{pack.name}: .*\n  snapshots: [0-9a-f]{{8}}\n  files: ", text)
+    lost = filled("restore", "latest", "--to", "out", "--json", code=20).json["error"]
+    assert lost["kind"] == "corrupt"
+    assert not (filled.folder / "out").exists()
+
+
+def test_a_damaged_log_hides_nothing_that_is_still_there(filled: Shell) -> None:
+    filled("backup", "model", "--name", "second")
+    damaged_log(filled)
+    ran = filled("snapshots", "--json")
+    assert [snapshot["name"] for snapshot in ran.json] == ["second"]
+    assert "warning" in filled("restore", "latest", "--to", "out").err
+    assert (filled.folder / "out" / "config.json").read_text() == "{}"
+    assert not filled("check", "--json", code=20).json["ok"]
+
+
+def test_a_traceback_only_with_debug(filled: Shell) -> None:
+    assert "Traceback" in filled("--debug", "show", "ffffffff", code=1).err
+
+
+# -- secrets -----------------------------------------------------------------------------------------
+
+
+def test_a_passphrase_from_each_place_opens_and_never_shows(filled: Shell) -> None:
+    repo = str(filled.folder / "sealed")
+    secret = filled.folder / "secret"
+    secret.write_text(PASSPHRASE + "\n")
+    (filled.folder / "wrong").write_text("wrong")
+    runs = [
+        filled("init", "--encrypt", "--repo", repo, OUTLAST_PASSPHRASE=PASSPHRASE),
+        filled("--json-lines", "--debug", "backup", "model", "--repo", repo, "--passphrase-file", "secret"),
+        filled("snapshots", "--repo", repo, "--passphrase-command", "cat secret", "--json"),
+        filled("check", "--data", "all", "--repo", repo, OUTLAST_PASSPHRASE=PASSPHRASE),
+        filled("snapshots", "--repo", repo, "--json", code=12),
+        filled("snapshots", "--repo", repo, "--passphrase-file", "wrong", "--json", code=12),
+        filled("snapshots", "--repo", repo, "--passphrase-file", "absent", code=12),
+        filled("snapshots", "--repo", repo, "--passphrase-command", "false", code=12),
+        filled("snapshots", "--repo", repo, "--passphrase-command", "no-such-program", code=12),
+        filled("snapshots", "--repo", repo, "--passphrase-file", "a", "--passphrase-command", "b", code=2),
+    ]
+    assert runs[2].json[0]["files"] == 3
+    for ran in runs:
+        assert PASSPHRASE not in ran.out + ran.err
+    for path in (filled.folder / "sealed").rglob("*"):
+        assert path.is_dir() or PASSPHRASE.encode() not in path.read_bytes()
+
+
+def at_terminal(shell: Shell, arguments: Sequence[str], answers: Sequence[str]) -> tuple[int, str]:
+    """Run on a terminal of its own; type an answer at each prompt. Returns exit code and screen."""
+    child, terminal = pty.fork()
+    if not child:
+        os.chdir(shell.folder)
+        os.execve(sys.executable, shell.argv(*arguments), shell.environment)
+    screen, waiting = b"", list(answers)
+    deadline = SYSTEM_CLOCK.monotonic_seconds() + 60
+    while SYSTEM_CLOCK.monotonic_seconds() < deadline:
+        ready, _, _ = select.select([terminal], [], [], 1)
+        try:
+            piece = os.read(terminal, 4096) if ready else b""
+        except OSError:
+            break  # Linux: the other side is closed
+        screen += piece
+        if waiting and screen.rstrip(b" ").endswith(b":"):
+            os.write(terminal, waiting.pop(0).encode() + b"\n")
+            screen += b"\n"
+    _, status = os.waitpid(child, 0)
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(status), screen.decode()
+
+
+def test_a_terminal_is_asked_for_the_passphrase_and_shows_nothing_of_it(shell: Shell) -> None:
+    code, screen = at_terminal(shell, ["init", "--encrypt"], [PASSPHRASE, "something else"])
+    assert code == 2
+    assert "differ" in screen
+    code, screen = at_terminal(shell, ["init", "--encrypt"], [PASSPHRASE, PASSPHRASE])
+    assert code == 0, screen
+    code, more = at_terminal(shell, ["snapshots"], [PASSPHRASE])
+    assert code == 0, more
+    assert "No snapshots" in more
+    assert PASSPHRASE not in screen + more
+
+
+# -- signals and closed outputs ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_in_a_sentence_about_what_is_safe(filled: Shell, number: signal.Signals, code: int) -> None:
+    filled("init", "--encrypt", "--repo", "sealed", OUTLAST_PASSPHRASE=PASSPHRASE)
+    script = "sh -c 'touch started; exec sleep 60'"
+    arguments = ["backup", "model", "--repo", "sealed", "--passphrase-command", script, "--json"]
+    process = subprocess.Popen(
+        filled.argv(*arguments),
+        cwd=filled.folder,
+        env=filled.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while not (filled.folder / "started").exists():
+        assert process.poll() is None
+        SYSTEM_CLOCK.sleep(0.01)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    error = json.loads(out)["error"]
+    assert (error["kind"], error["exit_code"], err) == ("cancelled", code, b"")
+    assert "earlier ones are whole" in error["message"]
+    filled("backup", "model", "--repo", "sealed", OUTLAST_PASSPHRASE=PASSPHRASE)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(filled: Shell) -> None:
+    for number in range(3000):
+        (filled.folder / "model" / f"file-with-a-rather-long-name-{number}").touch()
+    filled("backup", "model")
+    process = subprocess.Popen(
+        filled.argv("show", "latest"),
+        cwd=filled.folder,
+        env=filled.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout
+    assert process.stderr
+    assert process.stdout.readline().startswith(b"Snapshot ")
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=30) == 128 + signal.SIGPIPE
+
+
+def test_a_full_disk_behind_standard_output_is_told(filled: Shell) -> None:
+    with open("/dev/full", "wb") as full:
+        ran = subprocess.run(
+            filled.argv("snapshots", "--json"),
+            cwd=filled.folder,
+            env=filled.environment,
+            stdout=full,
+            stderr=subprocess.PIPE,
+        )
+    assert ran.returncode == 1
+    assert re.fullmatch(rb"outlast: the result can't be written .+ No space left on device\..*\n.*\n?", ran.stderr)
+
+
+# -- the surface -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_documents_the_exit_codes(shell: Shell, command: str) -> None:
+    text = " ".join(shell(*command.split(), "--help").out.split())
+    assert "Exit codes: 0 done; 1 failed; 2 wrong usage;" in text
+    for option in ("--repo", "--json", "--passphrase-file", "--debug"):
+        assert option in text
+
+
+def test_help_loads_nothing_heavy(shell: Shell) -> None:
+    code = (
+        "import sys; from outlast.cli.main import main; main(['--help']);"
+        "print(sorted({'torch','numpy','obstore','rich','msgspec','cryptography'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "[]"
+
+
+def test_public_names_are_there_and_lazy() -> None:
+    code = (
+        "import sys, outlast; assert not {'torch', 'numpy', 'msgspec'} & set(sys.modules);"
+        "names = [getattr(outlast, name) for name in outlast.__all__]; assert 'torch' not in sys.modules;"
+        "print(outlast.__version__)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_the_same_job_from_python(tmp_path: Path) -> None:
+    import outlast
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "file").write_text("content")
+    outlast.create(str(tmp_path / "repo"), passphrase=PASSPHRASE)
+    with pytest.raises(outlast.OutlastError):
+        outlast.open(str(tmp_path / "repo"), passphrase="wrong")
+    repository = outlast.open(str(tmp_path / "repo"), passphrase=lambda: PASSPHRASE.encode())
+    report = outlast.back_up(repository, [str(tmp_path / "data")])
+    snapshot = repository.find_snapshot(report.snapshot)
+    outlast.restore(repository, outlast.plan_restore(repository, snapshot, str(tmp_path / "out")))
+    assert (tmp_path / "out" / "file").read_text() == "content"
+    assert outlast.check(repository, data="all").ok
+    assert [view.entry.path for view in outlast.show(repository, snapshot)] == [".", "file"]
