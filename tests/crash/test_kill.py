@@ -29,8 +29,8 @@ KILLS = int(os.environ.get("OUTLAST_KILLS", "20"))
 SEED = int(os.environ.get("OUTLAST_KILL_SEED", "20250101"))
 PACK_BYTES = 100_000
 
-# What the child does for ever: change the folder, back it up, check. `contents` is the oracle: a
-# snapshot's tag `round` tells what must be in it.
+# What the child does for ever: change the folder, back it up, check, restore over the last restore.
+# `contents` is the oracle: a snapshot's tag `round` tells what must be in it.
 CHILD = textwrap.dedent(
     """
     import os, random, sys
@@ -46,6 +46,7 @@ CHILD = textwrap.dedent(
         return made
 
     def rounds(repository_path, folder, writer, first, last):
+        from outlast.backup import restore, restore_plan
         from outlast.backup.create import create
         from outlast.repo.check import open_and_check
         from outlast.repo.repository import Repository
@@ -60,6 +61,9 @@ CHILD = textwrap.dedent(
             create(repository, [folder], name=writer, tags={"round": str(round), "writer": writer})
             report = open_and_check(LocalStore(repository_path), data="all")
             assert report.ok, report
+            target = folder + ".restored"
+            plan = restore_plan.plan(repository, repository.find_snapshot("latest", writer), target, overwrite=True)
+            assert restore.execute(repository, plan).verified
 
     if __name__ == "__main__":
         rounds(*sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5]))

@@ -6,7 +6,7 @@ repository. What isn't affected must still come back bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,12 +15,13 @@ import pytest
 
 from outlast.backup.create import create
 from outlast.clock import ManualClock
-from outlast.errors import Corrupt, NotFound, OutlastError, WrongKey
-from outlast.events import ListSink
+from outlast.errors import Corrupt, NotFound, OutlastError, Unavailable, WrongKey
+from outlast.events import ListSink, Progress
 from outlast.records import Chunking, Entry, Snapshot
 from outlast.repo import log, pack, seal, write
 from outlast.repo.check import CheckReport, check, open_and_check
 from outlast.repo.repository import Repository
+from outlast.store.base import ObjectInfo
 from outlast.store.memory import MemoryStore
 
 PASSPHRASE = b"correct horse"
@@ -505,3 +506,52 @@ def test_deleting_every_pack_leaves_a_report_and_no_traceback(world: World) -> N
     for chunk in world.chunks:
         with pytest.raises((Corrupt, NotFound)):
             repository.get_chunk(chunk)
+
+
+class _BadSector(MemoryStore):
+    """Reading one object fails, or, once `away`, reading anything."""
+
+    bad = ""
+    away = False
+
+    def get(self, name: str) -> bytes:
+        self._fail(name)
+        return super().get(name)
+
+    def get_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        self._fail(name)
+        return super().get_ranges(name, ranges)
+
+    def stat(self, name: str) -> ObjectInfo:
+        self._fail(name)
+        return super().stat(name)
+
+    def _fail(self, name: str) -> None:
+        if self.away or name == self.bad:
+            raise Unavailable(f"The disk did not read {name}: Input/output error.")
+
+
+def test_a_bad_sector_is_damage_and_a_store_that_is_away_is_not(world: World) -> None:
+    store = _BadSector()
+    for name, data in world.objects.items():
+        store.put(name, [data])
+    repository = Repository.open(store, secret=world.secret)
+    store.bad = world.pack_with_padding()
+    report = check(repository, data="all")
+    assert named_objects(report) == {store.bad}
+    assert "Input/output error" in report.damaged[0].problem
+    assert report.damaged[0].snapshots
+    store.away = True
+    with pytest.raises(Unavailable):
+        check(repository, data="all")
+
+
+def test_progress_ends_at_its_total(world: World) -> None:
+    told: list[Progress] = []
+
+    class Sink(ListSink):
+        def progress(self, progress: Progress) -> None:
+            told.append(progress)
+
+    report = open_and_check(world.copy(), secret=world.secret, data="all", sink=Sink())
+    assert told[-1] == Progress("check", report.bytes_read, report.bytes_read, report.packs, report.packs)

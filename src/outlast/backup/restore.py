@@ -27,7 +27,6 @@ from outlast.backup.restore_plan import (
     first_few,
     kept_name,
     plan,
-    selected,
     shown,
 )
 from outlast.backup.staging import Staging
@@ -192,7 +191,7 @@ def _build(repository: Repository, plan: RestorePlan, metadata: Metadata) -> int
         old = Folder(plan.target) if plan.mode != "new" else None
         staging = Staging(repository, plan, folder, old, metadata, pool, resumed=resumed)
         try:
-            for batch in batches(selected(repository, plan.snapshot, plan.include)):
+            for batch in batches(plan.entries(repository)):
                 staging.add(batch)
             if staging.lost:
                 raise _lost(plan, staging.lost)
@@ -253,7 +252,7 @@ def _put_in_place(repository: Repository, plan: RestorePlan, lock: int, metadata
     """The moment at which the target changes; returns where what it replaced is kept."""
     parent = os.path.dirname(plan.target)
     if plan.mode == "merge":
-        kept_any = merge(plan, selected(repository, plan.snapshot, plan.include), metadata)
+        kept_any = merge(plan, plan.entries(repository), metadata)
         remove_tree(plan.staging)
         sync_folder(parent)
         return plan.target + b"/**/*.before-" + plan.stamp.encode() if kept_any else b""

@@ -66,6 +66,14 @@ class RestorePlan(msgspec.Struct):
     """files of the target of which at least a part is right"""
     unchanged: bool
     """the target is already what it should become"""
+    kept: list[Selected] | None = None
+    """all entries, when they are few enough to be kept in memory"""
+
+    def entries(self, repository: Repository) -> Iterator[Selected]:
+        """What is to be restored, in `path_order`."""
+        if self.kept is not None:
+            return iter(self.kept)
+        return selected(repository, self.snapshot, self.include)
 
     @property
     def staging(self) -> Path:
@@ -355,10 +363,13 @@ class _Survey:
                 self._staging = Folder(plan.staging)
         except PermissionError as exc:
             raise Refused(f"{shown(plan.target)} can't be read: {exc.strerror}; nothing was changed.") from exc
+        kept: list[Selected] | None = []
         try:
             with ThreadPoolExecutor(HASHING_THREADS, thread_name_prefix="hash") as pool:
-                for batch in batches(selected(self._repository, plan.snapshot, plan.include)):
+                for number, batch in enumerate(batches(plan.entries(self._repository))):
                     self._survey(batch, pool)
+                    kept = None if number else batch
+            plan.kept = kept
             if self._target is not None and self._all_right:
                 plan.unchanged = plan.mode == "merge" or self._found == _count(plan.target)
         finally:

@@ -31,8 +31,7 @@ def _translate(glob: str) -> str:
         raise InvalidInput(f"the pattern {glob!r} matches nothing.", hint="Give a glob such as '*.tmp' or 'logs/**'.")
     anchored = "/" in glob.rstrip("/")
     parts = re.findall(r"\*\*/?|\*|\?|\[!?\]?[^\]]*\]|.", text, re.DOTALL)
-    pattern = "".join(_token(token) for token in re.findall(r"\*\*/?|\*|\?|\[!?\]?[^\]]*\]|.", text, re.DOTALL))
-    pattern = ("" if anchored else "(?:.*/)?") + pattern + "(?:/.*)?\\Z"
+    pattern = ("" if anchored else "(?:.*/)?") + "".join(map(_regex, parts)) + "(?:/.*)?\\Z"
     try:
         re.compile(pattern)
     except re.error as exc:
@@ -40,17 +39,17 @@ def _translate(glob: str) -> str:
     return pattern
 
 
-def _token(token: str) -> str:
-    if token == "**/":
+def _regex(part: str) -> str:
+    if part == "**/":
         return "(?:.*/)?"
-    if token == "**":
+    if part == "**":
         return ".*"
-    if token == "*":
+    if part == "*":
         return "[^/]*"
-    if token == "?":
+    if part == "?":
         return "[^/]"
-    if token.startswith("[") and token.endswith("]") and token.strip("[!]"):
-        negated = token.startswith("[!")
-        inner = re.sub(r"([\\\[\]&|~^])", r"\\\1", token[2 if negated else 1 : -1])
+    if part.startswith("[") and part.endswith("]") and part.strip("[!]"):
+        negated = part.startswith("[!")
+        inner = re.sub(r"([\\\[\]&|~^])", r"\\\1", part[2 if negated else 1 : -1])
         return f"(?!/)[{'^' if negated else ''}{inner}]"
-    return re.escape(token)
+    return re.escape(part)

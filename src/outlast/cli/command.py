@@ -188,7 +188,6 @@ def _takes(function: Callable[..., Any], own: list[inspect.Parameter]) -> Callab
 
 def end(printer: Printer, debug: bool, when_stopped: str, run: Callable[[], int | None]) -> int:
     """Run a command to its exit code; whatever it raises is told in a sentence."""
-    signal.signal(signal.SIGTERM, _terminate)
     try:
         try:
             return run() or 0
@@ -255,5 +254,6 @@ def _usage_hint(exc: BaseException) -> str:
     return f"`{path} --help` shows what it takes."
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+def terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """The signal handler that makes SIGTERM a `Terminated`."""
     raise Terminated

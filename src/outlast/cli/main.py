@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from itertools import takewhile
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 
 from outlast.cli import doctor, look, protect
-from outlast.cli.command import Options, add_command, make_printer, new_group, tell
+from outlast.cli.command import Options, add_command, make_printer, new_group, tell, terminate
 
 _HELP = """Back up model folders, and bring them back verified.
 
@@ -38,7 +39,12 @@ def _top_options(
 
 
 app = new_group(_HELP, _top_options)
-add_command(app, protect.init, codes=(12, 21), when_stopped="If the repository does not open, none was made.")
+add_command(
+    app,
+    protect.init,
+    codes=(12, 21),
+    when_stopped="There is either a whole repository or none: `outlast snapshots` tells.",
+)
 add_command(
     app,
     protect.backup,
@@ -52,7 +58,7 @@ add_command(
     app,
     protect.restore,
     codes=(10, 12, 20, 21),
-    when_stopped="The repository and the target are as before; the same command goes on where this one ended.",
+    when_stopped="Every file at the target is whole, as it was or as restored; the same command goes on from here.",
 )
 add_command(app, protect.check, codes=(10, 12, 20, 21))
 doctors = new_group("Find out what is wrong with the ground that a repository stands on.")
@@ -64,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        signal.signal(signal.SIGTERM, terminate)
         return int(typer.main.get_command(app).main(given, prog_name="outlast", standalone_mode=False) or 0)
     except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001  only what went wrong before a command ran
         options = set(takewhile(lambda argument: argument != "--", given))

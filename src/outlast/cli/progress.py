@@ -6,15 +6,26 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
+from outlast.cli.text import size_text
 from outlast.events import Progress
+
+
+class _RateColumn(ProgressColumn):
+    """Bytes a second, in the same binary units as everything else."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{size_text(int(speed))}/s" if speed else "")
 
 
 class Bar:
@@ -25,12 +36,12 @@ class Bar:
         self._rich = RichProgress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
-            BarColumn(),
+            BarColumn(bar_width=16),
             DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
+            _RateColumn(),
             TextColumn("{task.fields[files]}", markup=False),
             TextColumn("ETA"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             console=self._console,
             transient=True,
         )
