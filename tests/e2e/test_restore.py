@@ -17,12 +17,14 @@ import pytest
 from trees import describe
 
 from outlast import errors
-from outlast.backup import restore, staging
+from outlast.backup import folder, restore, staging
 from outlast.backup.create import create
 from outlast.events import ListSink
 from outlast.records import Chunking, Entry, Snapshot
 from outlast.repo.repository import Repository
+from outlast.store.layers import RetryStore
 from outlast.store.local import LocalStore
+from outlast.store.memory import MemoryStore
 
 SMALL = Chunking(block_bytes=4096, min_bytes=1024, avg_bytes=4096, max_bytes=16384)
 TIME_NS = 1_600_000_000_123_456_789
@@ -56,10 +58,10 @@ def source(tmp_path: Path) -> Path:
         file.write(b"island")
         file.truncate(3 << 20)
     (root / "empty").chmod(0o555)
-    for folder, _, files in os.walk(root, topdown=False):
+    for parent, _, files in os.walk(root, topdown=False):
         for name in files:
-            os.utime(os.path.join(folder, name), ns=(TIME_NS, TIME_NS), follow_symlinks=False)
-        os.utime(folder, ns=(TIME_NS + 1, TIME_NS + 1))
+            os.utime(os.path.join(parent, name), ns=(TIME_NS, TIME_NS), follow_symlinks=False)
+        os.utime(parent, ns=(TIME_NS + 1, TIME_NS + 1))
     return root
 
 
@@ -139,6 +141,15 @@ def test_a_plan_changes_nothing_and_says_what_will_happen(repository: Repository
     assert (plan.files, plan.bytes) == (snapshot.files, snapshot.bytes)
     fetched = restore.execute(repository, plan).bytes_fetched
     assert plan.bytes_to_fetch == fetched == sum(each[2] for each in plan.actions)
+
+
+def test_from_an_encrypted_store_that_is_not_a_folder(source: Path, tmp_path: Path) -> None:
+    store = RetryStore(MemoryStore())
+    repository = Repository.create(store, secret=lambda: b"passphrase", chunking=SMALL)
+    run(repository, back_up(repository, source), tmp_path / "target")
+    assert describe(tmp_path / "target") == describe(source)
+    (tmp_path / "target" / "small.txt").write_bytes(b"SMALL")
+    assert run(repository, back_up(repository, source), tmp_path / "target").bytes_fetched == 5
 
 
 # -- into a folder that is there ----------------------------------------------------------------------
@@ -226,10 +237,10 @@ def test_an_empty_folder_is_replaced_without_a_copy(repository: Repository, sour
     assert describe(target) == describe(source) and beside(target) == []
 
 
-def test_without_an_exchange_of_names_it_takes_two_renames(
+def test_it_works_without_the_system_calls_of_linux(
     repository: Repository, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(restore, "exchange", lambda first, second: False)
+    monkeypatch.setattr(folder, "_system", object)
     snapshot = back_up(repository, source)
     target = tmp_path / "target"
     target.mkdir()
@@ -522,8 +533,8 @@ def test_a_read_only_place_is_refused_and_owners_are_only_for_root(
     os.chown(source / "small.txt", 1234, 4321)
     (source / "secret").chmod(0o444)
     snapshot = back_up(repository, source)
-    for folder in [tmp_path, *tmp_path.parents[:3]]:
-        folder.chmod(0o755)
+    for parent in [tmp_path, *tmp_path.parents[:3]]:
+        parent.chmod(0o755)
     locked, free = tmp_path / "locked", tmp_path / "free"
     locked.mkdir()
     free.mkdir()

@@ -145,3 +145,23 @@ def test_a_name_that_fits_nothing_and_a_type_that_cannot_be_written(
     with pytest.raises(errors.InvalidInput, match="is not a file"):
         run(repository, source, ["count"], tmp_path / "folder.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_damaged_file_is_named_and_can_be_left_out(
+    repository: Repository, source: Path, tmp_path: Path, weights: dict[str, Any]
+) -> None:
+    save_file(weights, source / "good.safetensors")
+    torch.manual_seed(8)
+    save_file({"layer.2.weight": torch.randn(64, 64)}, source / "hurt.safetensors")
+    snapshot = back_up(repository, source)
+    [entry] = [each for each in repository.entries(snapshot) if each.path == "hurt.safetensors"]
+    place = repository.locate(bytes.fromhex(entry.chunks[0][0]))
+    pack = tmp_path / "repository" / "packs" / place.pack.name[:2] / place.pack.name
+    pack.chmod(0o644)
+    with pack.open("r+b") as file:
+        file.seek(place.offset)
+        file.write(b"\xff\xff")
+    with pytest.raises(errors.Corrupt, match=r"hurt\.safetensors can't be read"):
+        restore_tensors(repository, snapshot, ["layer.*"], os.fsencode(tmp_path / "x.safetensors"))
+    restore_tensors(repository, snapshot, ["layer.*"], os.fsencode(tmp_path / "x.safetensors"), include=["good.*"])
+    assert load_file(tmp_path / "x.safetensors").keys() == {"layer.0.weight", "layer.0.bias", "layer.1.weight"}

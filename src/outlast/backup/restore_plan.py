@@ -183,7 +183,7 @@ def _check_target(path: bytes) -> bool:
 
 def _check_repository(repository: Repository, path: bytes, mode: str) -> None:
     local_path: Callable[[str], str] | None = getattr(repository.store, "local_path", None)
-    if local_path is None:
+    if local_path is None or not repository.store.capabilities.memory_map:
         return
     folder = os.path.realpath(os.path.dirname(os.fsencode(local_path("format"))))
     if (path + b"/").startswith(folder + b"/"):
@@ -414,9 +414,10 @@ class _Survey:
             self._all_right = False
         plan.files += 1
         plan.bytes += entry.size
-        plan.bytes_present += entry.size - lacking if lacking < entry.size else 0
+        content = sum(length for _, length in entry.chunks)
+        plan.bytes_present += content - lacking
         plan.bytes_to_fetch += fetched
-        new = lacking == entry.size and raw not in plan.reuse
+        new = lacking == content and raw not in plan.reuse
         plan.actions.append((entry.path, entry.size, fetched, "present" if present else "new" if new else "repair"))
 
     def _note_other(self, raw: bytes, entry: Entry) -> None:

@@ -16,7 +16,7 @@ from outlast.backup.folder import sync_folder
 from outlast.backup.restore import RestoreReport, exclusive, make_parents, translated
 from outlast.backup.restore_plan import beside, first_few, kept_name, selected, shown, stamp_text
 from outlast.backup.staging import Meter
-from outlast.errors import InvalidInput, NotFound
+from outlast.errors import Corrupt, InvalidInput, NotFound
 from outlast.records import Entry, Snapshot
 from outlast.repo import formats
 from outlast.repo.formats import Tensor
@@ -27,16 +27,36 @@ _CHUNKS_CACHED = 6
 _FILE_BYTES_MIN = 8
 
 
-class _Content:
-    """A file of the snapshot, read at any offset; fetches the chunks that are touched, and counts them."""
+class _Chunks:
+    """The few chunks read last, of whatever file; counts what was fetched."""
 
-    def __init__(self, repository: Repository, entry: Entry) -> None:
-        self.entry = entry
+    def __init__(self, repository: Repository) -> None:
         self.bytes_fetched = 0
         self._repository = repository
+        self._cache: dict[str, bytes | memoryview] = {}
+
+    def get(self, chunk: str, path: str) -> bytes | memoryview:
+        found = self._cache.get(chunk)
+        if found is None:
+            if len(self._cache) >= _CHUNKS_CACHED:
+                self._cache.pop(next(iter(self._cache)))
+            try:
+                found = self._cache[chunk] = self._repository.get_chunk(bytes.fromhex(chunk))
+            except Corrupt as exc:
+                hint = f"Leave {path} out with `--include`. {exc.hint}".strip()
+                raise Corrupt(f"{path} can't be read: {exc.message}", hint=hint) from exc
+            self.bytes_fetched += len(found)
+        return found
+
+
+class _Content:
+    """A file of the snapshot, read at any offset; only the chunks that are touched are fetched."""
+
+    def __init__(self, chunks: _Chunks, entry: Entry) -> None:
+        self.entry = entry
+        self._chunks = chunks
         self._places = list(chunk_offsets(entry))
         self._starts = [offset for offset, _ in self._places]
-        self._cache: dict[str, bytes | memoryview] = {}
 
     def chunks(self, offset: int, length: int) -> list[tuple[int, str]]:
         """(start relative to `offset`, chunk id) of what the range touches."""
@@ -53,19 +73,11 @@ class _Content:
         length = max(0, min(length, self.entry.size - offset))
         found = bytearray(length)
         for start, chunk in self.chunks(offset, length):
-            plain = self._chunk(chunk)
+            plain = self._chunks.get(chunk, self.entry.path)
             low = max(0, -start)
             part = plain[low : length - start]
             found[start + low : start + low + len(part)] = part
         return bytes(found)
-
-    def _chunk(self, chunk: str) -> bytes | memoryview:
-        if chunk not in self._cache:
-            if len(self._cache) >= _CHUNKS_CACHED:
-                self._cache.pop(next(iter(self._cache)))
-            self._cache[chunk] = self._repository.get_chunk(bytes.fromhex(chunk))
-            self.bytes_fetched += len(self._cache[chunk])
-        return self._cache[chunk]
 
 
 class _Chosen(msgspec.Struct):
@@ -102,8 +114,10 @@ def restore_tensors(
         path += b"/tensors.safetensors"
     if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
         raise InvalidInput(f"{shown(path)} is not a file, so it can't be replaced by one; nothing was changed.")
-    contents: list[_Content] = []
-    chosen = _named_apart(_find(repository, snapshot, names, include, contents))
+    chunks = _Chunks(repository)
+    found = selected(repository, snapshot, include)
+    files = (entry for _, entry in found if entry.type == "file" and entry.size >= _FILE_BYTES_MIN)
+    chosen = _named_apart(_find(snapshot, (_Content(chunks, entry) for entry in files), names))
     # As the reference implementation orders them: wide elements first, which keeps all of them aligned.
     chosen.sort(key=lambda each: (-DTYPE_BITS.get(each.tensor.dtype, 0), each.name))
     header = formats.safetensors_header(
@@ -131,25 +145,19 @@ def restore_tensors(
         snapshot=snapshot.id,
         files=1,
         bytes=total,
-        bytes_fetched=sum(content.bytes_fetched for content in contents),
+        bytes_fetched=chunks.bytes_fetched,
         verified=True,
         seconds=repository.clock.monotonic_seconds() - started,
         kept_as=shown(kept),
     )
 
 
-def _find(
-    repository: Repository, snapshot: Snapshot, names: Sequence[str], include: Sequence[str], contents: list[_Content]
-) -> list[_Chosen]:
-    """Every tensor that fits one of `names`; `contents` takes the readers of all files looked into."""
+def _find(snapshot: Snapshot, contents: Iterator[_Content], names: Sequence[str]) -> list[_Chosen]:
+    """Every tensor that fits one of `names`. Raises `NotFound` where one of those fits nothing."""
     chosen = []
     unused = set(names)
-    for _, entry in selected(repository, snapshot, include):
-        if entry.type != "file" or entry.size < _FILE_BYTES_MIN:
-            continue
-        content = _Content(repository, entry)
-        contents.append(content)
-        for tensor in formats.tensors(content.read, entry.size) or []:
+    for content in contents:
+        for tensor in formats.tensors(content.read, content.entry.size) or []:
             fitting = {name for name in names if tensor.name == name or fnmatch.fnmatchcase(tensor.name, name)}
             if fitting:
                 unused -= fitting
