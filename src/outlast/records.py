@@ -39,7 +39,7 @@ Hole = tuple[int, int]
 """(offset, length) of a run of zeros that takes no space in a sparse file"""
 
 
-class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
+class Entry(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """One file, folder or link of a backup; a line of the manifest.
 
     `path` is relative to the snapshot's root ("." is the root folder itself), with "/" between

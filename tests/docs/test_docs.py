@@ -31,6 +31,7 @@ EXEMPT = "<!-- not run -->"
 EXAMPLE_SECONDS_MAX = 120
 
 MASKS = [
+    (r"(?<![\w./])/[\w.+@/-]*\w", "PATH"),
     (r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:\d\d| UTC)?", "TIME"),
     (r"\b(?=[0-9a-f]*\d)[0-9a-f]{8,}\b", "ID"),
     (r"\b\d[\d.,]*(e-?\d+)?\s?([kKMGT]i?)?(B|bytes?)(/s)?(?!\w)", "SIZE"),

@@ -89,31 +89,6 @@ def test_segments_that_overlap_add_nothing_twice(parts: list[Footer], twice: lis
     assert_holds(index, list({part.name: part for part in parts}.values()))
 
 
-@given(parts=footers, gone=st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
-def test_a_forgotten_pack_leaves_the_others(parts: list[Footer], gone: int) -> None:
-    index = Index()
-    index.add(parts[::2])
-    index.sort()
-    for part in parts[1::2]:
-        index.add([part])
-    if gone < len(parts):
-        index.forget_pack(parts[gone].name)
-        parts = [part for part in parts if part.name != parts[gone].name]
-    index.sort()
-    assert_holds(index, parts)
-
-
-def test_forgetting_the_only_pack_leaves_an_index_that_works() -> None:
-    index, part = Index(), footer(1, [3, 4])
-    index.add([part])
-    index.forget_pack(part.name)
-    assert_holds(index, [])
-    index.add([footer(2, [3])])
-    index.sort()
-    assert_holds(index, [footer(2, [3])])
-
-
 def test_the_last_copy_counts() -> None:
     index, old, new = Index(), footer(1, [5, 6]), footer(2, [6])
     index.add([old, new])

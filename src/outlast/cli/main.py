@@ -49,7 +49,7 @@ add_command(
     app,
     protect.backup,
     codes=(3, 10, 12, 20, 21),
-    when_stopped="No snapshot was made; all earlier ones are whole, and the next backup uses what was already stored.",
+    when_stopped="What was committed is whole: see `outlast snapshots`. The next backup uses what was already stored.",
 )
 add_command(app, protect.snapshots, codes=(10, 12, 20, 21))
 add_command(app, look.show, codes=(10, 12, 20, 21))

@@ -11,6 +11,7 @@ instead of one footer per pack. They are derived: a damaged or missing one costs
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 
 import blake3
@@ -52,7 +53,7 @@ class _SegmentHeader(msgspec.Struct, frozen=True):
     records: int
 
 
-class Location(msgspec.Struct, frozen=True):
+class Location(msgspec.Struct, frozen=True, gc=False):
     """Where a chunk lies."""
 
     pack: IndexedPack
@@ -94,10 +95,8 @@ class Index:
         """Fold a pack that this process has just made, without sorting everything anew."""
         pack = indexed_pack(footer)
         self._known.add(pack.name)
-        for row in footer.records:
-            self._recent[row["id"].tobytes()] = Location(
-                pack, int(row["offset"]), int(row["stored"]), int(row["plain"]), int(row["codec"])
-            )
+        for chunk, _, offset, stored_bytes, plain_bytes, codec, _ in footer.records.tolist():
+            self._recent[chunk] = Location(pack, offset, stored_bytes, plain_bytes, codec)
 
     def _add_rows(self, packs: Sequence[IndexedPack], rows: NDArray[np.void]) -> None:
         rows["pack"] += len(self._packs)
@@ -126,38 +125,12 @@ class Index:
         return [*([recent] if recent else []), *self._sorted_copies(chunk)]
 
     def _sorted_copies(self, chunk: bytes) -> Iterator[Location]:
-        prefixes, prefix = self._prefixes, int.from_bytes(chunk[:8], "big")
-        low, high = 0, len(prefixes)
-        while low < high:
-            middle = (low + high) // 2
-            if prefixes[middle] < prefix:
-                low = middle + 1
-            else:
-                high = middle
-        high = low
-        while high < len(prefixes) and prefixes[high] == prefix:
-            high += 1
-        for number in range(high - 1, low - 1, -1):
-            row = self._records[number]
-            if row["id"].tobytes() == chunk:
-                yield Location(
-                    self._packs[int(row["pack"])],
-                    int(row["offset"]),
-                    int(row["stored"]),
-                    int(row["plain"]),
-                    int(row["codec"]),
-                )
-
-    def forget_pack(self, name: str) -> None:
-        """Drop a pack that turned out to be missing or damaged, so that nothing relies on it."""
-        self.sort()
-        keep = np.array([pack.name != name for pack in self._packs], bool)
-        if len(self._records):
-            rows = keep[self._records["pack"]]
-            prefixes = np.frombuffer(self._prefixes, np.uint64)[rows]
-            self._records = self._records[rows]
-            self._prefixes = memoryview(prefixes.tobytes()).cast("Q")
-        self._recent = {chunk: location for chunk, location in self._recent.items() if location.pack.name != name}
+        prefix = int.from_bytes(chunk[:8], "big")
+        low = bisect_left(self._prefixes, prefix)
+        for number in range(bisect_right(self._prefixes, prefix, low) - 1, low - 1, -1):
+            found, pack, offset, stored_bytes, plain_bytes, codec, _ = self._records[number].item()
+            if found == chunk:
+                yield Location(self._packs[pack], offset, stored_bytes, plain_bytes, codec)
 
     def add_segment(self, data: bytes, name: str, keys: Keys | None) -> None:
         """Fold a segment. Raises `Corrupt`, having changed nothing, when it isn't what its name says."""

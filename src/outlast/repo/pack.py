@@ -54,7 +54,7 @@ TAIL_GUESS_BYTES = 64 << 10
 """Reading this much of a pack's end nearly always gets the whole footer."""
 
 
-class EncodedChunk(msgspec.Struct, frozen=True):
+class EncodedChunk(msgspec.Struct, frozen=True, gc=False):
     """A chunk ready to be laid into a pack."""
 
     id: bytes

@@ -29,7 +29,7 @@ COMMIT_PACKS_BYTES = 4 << 30
 SEGMENT_PACKS = 64
 
 
-class Prepared(msgspec.Struct, frozen=True):
+class Prepared(msgspec.Struct, frozen=True, gc=False):
     """A chunk that was hashed, looked up and, unless the repository has it, encoded."""
 
     id: bytes
@@ -145,7 +145,7 @@ class Writer:
                 self._in_flight += waiting
                 raise
             self._repository.index.add_recent(built.footer)
-            self._pending.difference_update(row.tobytes() for row in built.footer.records["id"])
+            self._pending.difference_update(built.footer.records["id"].tolist())
             self._footers.append(built.footer)
             self._durable.append(PackRef(built.name, built.bytes, len(built.footer.records)))
             self.bytes_stored += built.bytes
