@@ -21,8 +21,9 @@ from outlast.events import NULL_SINK
 from outlast.records import Snapshot
 from outlast.repo.chain import walk
 from outlast.repo.check import open_and_check
+from outlast.repo.content import Content, RecentChunks
 from outlast.repo.log import Log
-from outlast.repo.repository import Repository, content_reader
+from outlast.repo.repository import Repository
 from outlast.store.local import LocalStore
 
 KILLS = int(os.environ.get("OUTLAST_KILLS", "20"))
@@ -98,7 +99,7 @@ def assert_snapshot_is_right(repository: Repository, snapshot: Snapshot) -> None
     files = {entry.path.rpartition("/")[2]: entry for entry in repository.entries(snapshot) if entry.type == "file"}
     assert files.keys() == expected.keys()
     for name, content in expected.items():
-        assert content_reader(repository, files[name])(0, len(content) + 1) == content, (snapshot, name)
+        assert Content(files[name], RecentChunks(repository).get).read(0, len(content) + 1) == content, (snapshot, name)
 
 
 def assert_all_is_right(store: LocalStore, already: set[str]) -> Repository:
@@ -195,7 +196,7 @@ def test_control_c_at_the_command_line(store: LocalStore, tmp_path: Path) -> Non
         if done:
             repository = Repository.open(LocalStore(store.url))
             files = {
-                entry.path.rpartition("/")[2]: content_reader(repository, entry)(0, entry.size)
+                entry.path.rpartition("/")[2]: Content(entry, RecentChunks(repository).get).read(0, entry.size)
                 for entry in repository.entries(repository.find_snapshot("latest"))
                 if entry.type == "file"
             }

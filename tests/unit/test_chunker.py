@@ -83,7 +83,7 @@ def test_the_same_tensor_anywhere_gives_the_same_chunks() -> None:
 
 def stream(data: bytes, steps: list[int], chunking: Chunking) -> list[int]:
     """Cut as a reader does: what is there so far, when there is enough of it."""
-    cut = cutter(chunking)
+    cut = cutter(chunking, 0)
     lengths: list[int] = []
     start = end = 0
     for step in steps:
@@ -100,7 +100,7 @@ def stream(data: bytes, steps: list[int], chunking: Chunking) -> list[int]:
 def test_streaming_cuts_where_cutting_at_once_does(seed: int, steps: list[int], zeros: int) -> None:
     noise = np.random.default_rng(seed).bytes(200_000)
     data = noise[:77_777] + bytes(zeros) + noise[77_777:]
-    at_once = cutter(SMALL)(data, True)
+    at_once = cutter(SMALL, 0)(data, True)
     assert sum(at_once) == len(data)
     assert max(at_once) <= SMALL.max_bytes
     assert all(length >= SMALL.min_bytes for length in at_once[:-1])
@@ -113,7 +113,7 @@ def test_an_inserted_byte_changes_few_chunks(at: int) -> None:
 
     def chunk_ids(data: bytes) -> set[bytes]:
         ids, start = set(), 0
-        for length in cutter(SMALL)(data, True):
+        for length in cutter(SMALL, 0)(data, True):
             ids.add(seal.chunk_id(data[start : start + length], None))
             start += length
         return ids

@@ -14,7 +14,8 @@ from outlast.clock import ManualClock
 from outlast.records import ChunkRef, Entry, Snapshot, path_order, path_text, time_text
 from outlast.repo import formats
 from outlast.repo.chunker import cutter, pieces
-from outlast.repo.repository import Repository, pack_name
+from outlast.repo.pack import object_name
+from outlast.repo.repository import Repository
 from outlast.store.memory import MemoryStore
 
 BLOCK_BYTES = 4 << 20
@@ -98,10 +99,10 @@ def test_show_goes_on_past_a_damaged_file(repository: Repository) -> None:
     [damaged] = {repository.locate(bytes.fromhex(chunk)).pack.name for chunk, _ in first.manifest}
     for name in list(repository.state.packs):
         if name == damaged:
-            data = bytearray(repository.store.get(pack_name(name)))
+            data = bytearray(repository.store.get(object_name(name)))
             location = repository.locate(bytes.fromhex(next(repository.entries(both)).chunks[0][0]))
             data[location.offset] ^= 1
-            repository.store.put(pack_name(name), [bytes(data)])
+            repository.store.put(object_name(name), [bytes(data)])
     found = views(repository, both)
     assert "damaged" in found["bad.safetensors"].problem
     assert found["good.npy"].format == "npy"

@@ -113,7 +113,6 @@ def test_chunk_ids_do_not_confirm_known_content() -> None:
 def test_an_object_opens_under_its_own_name_only() -> None:
     sealed = seal.seal_object(KEYS, "log/1", b"entry", SALT)
     assert seal.open_object(KEYS, "log/1", sealed) == b"entry"
-    assert seal.is_sealed(sealed)
     with pytest.raises(Corrupt):
         seal.open_object(KEYS, "log/2", sealed)
     with pytest.raises(Corrupt):

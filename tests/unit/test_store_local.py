@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,8 +59,8 @@ class PowerCutDisk(Disk):
     def _made(self, path: str) -> None:
         self.entries[path] = False
 
-    def mkdir(self, path: str) -> None:
-        super().mkdir(path)
+    def mkdir(self, path: str, mode: int = 0o777) -> None:
+        super().mkdir(path, mode)
         self._made(path)
 
     def open_temp(self, path: str) -> int:
@@ -408,16 +408,114 @@ def test_a_listing_goes_on_when_objects_vanish(tmp_path: Path) -> None:
     assert [info.name for info in found] == ["c"]
 
 
-def test_a_folder_that_somebody_removed_is_made_again(tmp_path: Path) -> None:
+def test_an_inner_folder_that_somebody_removed_is_made_again(tmp_path: Path) -> None:
     disk = PowerCutDisk()
     root = tmp_path / "root"
     store = LocalStore(str(root), disk=disk)
     store.put("packs/aa", [b"x"])
-    subprocess.run(["rm", "-r", str(root)], check=True)
+    subprocess.run(["rm", "-r", str(root / "packs")], check=True)
     disk.entries.clear()
     store.put("packs/bb", [b"y"])
     assert store.get("packs/bb") == b"y"
     assert disk.survives(str(root / "packs" / "bb"))
+
+
+def assert_gone(store: LocalStore) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: store.put("packs/bb", [b"y"]),
+        lambda: store.put_if_absent("log/2", [b"y"]),
+        lambda: store.get("format"),
+        lambda: store.stat("format"),
+        lambda: list(store.list("")),
+        lambda: store.delete("format"),
+    ]
+    for call in calls:
+        with pytest.raises(Unavailable, match="removed or unmounted; nothing was written elsewhere"):
+            call()
+
+
+@pytest.mark.parametrize("first", ["put", "get", "stat", "list"])
+@pytest.mark.parametrize("leave", ["nothing", "an empty folder"])
+def test_a_root_that_disappears_is_never_made_again(tmp_path: Path, first: str, leave: str) -> None:
+    root = tmp_path / "root"
+    LocalStore(str(root)).put("format", [b"x"])
+    store = LocalStore(str(root))
+    if first == "put":
+        store.put("format", [b"x"])
+    elif first == "list":
+        assert [info.name for info in store.list("")] == ["format"]
+    else:
+        getattr(store, first)("format")
+    root.rename(tmp_path / "elsewhere")  # keeps the inode number from being used again
+    if leave == "an empty folder":
+        root.mkdir()
+    assert_gone(store)
+    assert not root.exists() or list(root.iterdir()) == []
+    assert sorted(each.name for each in (tmp_path / "elsewhere").iterdir()) == ["format", "tmp"]
+
+
+def test_a_folder_of_unfinished_writes_that_disappears_is_never_made_again(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    store.put("format", [b"x"])
+    (tmp_path / "tmp").rmdir()
+    with pytest.raises(Unavailable, match="removed or unmounted"):
+        store.put("packs/bb", [b"y"])
+    assert [each.name for each in tmp_path.iterdir()] == ["format"]
+
+
+def test_a_disk_that_goes_in_the_middle_of_a_put_gets_no_success(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+
+    class Pulled(Disk):
+        armed = False
+
+        def link(self, source: str, target: str) -> None:
+            if self.armed:
+                root.rename(tmp_path / "elsewhere")
+                for folder in ("tmp", "packs"):
+                    (root / folder).mkdir(parents=True)
+                (root / "tmp" / os.path.basename(source)).write_bytes(b"x")
+            super().link(source, target)
+
+    disk = Pulled()
+    store = LocalStore(str(root), disk=disk)
+    store.put("packs/aa", [b"x"])
+    disk.armed = True
+    with pytest.raises(Unavailable, match="removed or unmounted"):
+        store.put_if_absent("packs/bb", [b"y"])
+
+
+def test_an_unmounted_store_is_not_written_under_its_mount_point(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    with mounted_tmpfs(tmp_path, "6m"):
+        store = LocalStore(str(tmp_path))
+        store.put("format", [b"x"])
+    assert_gone(store)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_without_the_folder_of_unfinished_writes_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "format").write_bytes(b"x")
+    store = LocalStore(str(tmp_path))
+    assert store.get("format") == b"x"
+    store.put("packs/bb", [b"y"])
+    assert store.get("packs/bb") == b"y"
+
+
+def test_what_is_stored_is_for_its_owner_alone(tmp_path: Path) -> None:
+    umask = os.umask(0o022)
+    try:
+        store = LocalStore(str(tmp_path / "above" / "root"))
+        store.put("format", [b"x"])
+        store.put_if_absent("packs/aa/bb", [b"x" * (2 * MIB)])
+    finally:
+        os.umask(umask)
+    root = tmp_path / "above" / "root"
+    modes = {str(path.relative_to(root)): path.stat().st_mode & 0o777 for path in [root, *root.rglob("*")]}
+    files = {"format": 0o600, "packs/aa/bb": 0o600}
+    assert modes == dict.fromkeys((".", "tmp", "packs", "packs/aa"), 448) | files
+    assert root.parent.stat().st_mode & 0o777 == 0o755, "what is above the store is as the user has it"
 
 
 def test_a_link_whose_reply_was_lost_is_ours(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 
 import msgspec
@@ -14,11 +15,12 @@ from outlast import records
 from outlast.backup.read import FileReader, Reading
 from outlast.backup.selection import matcher
 from outlast.backup.walk import Found, Root, roots, walk
-from outlast.errors import InvalidInput, Refused
+from outlast.errors import Corrupt, InvalidInput, Refused
 from outlast.events import Event, Progress
 from outlast.records import Entry, Snapshot
 from outlast.repo.repository import Repository
 from outlast.repo.write import Writer
+from outlast.store.layers import own_folder
 
 _PROBLEMS_NAMED_MAX = 1000
 _RACE_NS = 20_000_000
@@ -49,7 +51,7 @@ class BackupReport(msgspec.Struct):
 
 def create(
     repository: Repository,
-    sources: Sequence[bytes | str],
+    sources: Sequence[bytes | str] | bytes | str,
     *,
     name: str | None = None,
     tags: Mapping[str, str] | None = None,
@@ -66,15 +68,18 @@ def create(
     whenever it is killed, committed snapshots are untouched and what was uploaded is used next time.
     """
     started = repository.clock.monotonic_seconds()
+    if isinstance(sources, bytes | str):
+        sources = [sources]
     found, missing = roots([os.fsencode(source) for source in sources])
     if not found:
         raise InvalidInput(
             f"nothing to back up: {', '.join(f'{os.fsdecode(path)} ({exc.strerror})' for path, exc in missing)}."
         )
     _refuse_own_objects(repository, found)
-    backup = _Backup(
-        repository, found, name or os.fsdecode(os.path.basename(found[0].location) or b"root"), exclude, full
-    )
+    gone = {path for path, _ in missing}
+    first = next(path for path in map(os.fsencode, sources) if path not in gone)
+    own_name = (os.path.basename(os.path.realpath(first)) or b"root").decode(errors="replace")
+    backup = _Backup(repository, found, name or own_name, exclude, full)
     for path, exc in missing:
         backup.problem(os.path.basename(path) or path, "unreadable", exc.strerror or str(exc))
     snapshot = backup.run(dict(tags or {}))
@@ -92,16 +97,8 @@ def create(
     )
 
 
-def _repository_folder(repository: Repository) -> bytes | None:
-    """The folder that a local repository is, or None."""
-    if not repository.store.capabilities.memory_map:
-        return None
-    path: str = getattr(repository.store, "local_path")("format")  # noqa: B009  what memory_map promises
-    return os.path.realpath(os.path.dirname(os.fsencode(path)))
-
-
 def _refuse_own_objects(repository: Repository, found: list[Root]) -> None:
-    folder = _repository_folder(repository)
+    folder = own_folder(repository.store)
     for root in found:
         if folder is not None and (root.location + b"/").startswith(folder + b"/"):
             raise Refused(
@@ -122,22 +119,26 @@ class _Backup:
         self._excluded = matcher(exclude)
         self._repository_inode = self._inode_of_repository()
         self._time_ns = repository.clock.now_ns()
+        self._full = full
         self._parent = None if full else self._newest(name)
         self._parent_entries = repository.entries(self._parent) if self._parent else iter(())
         self._parent_entry: Entry | None = None
         self._parent_key = b""
         self._trusted_before_ns = records.time_ns(self._parent.time) - _RACE_NS if self._parent else 0
+        self._met: set[tuple[int, int]] = set()
+        self._names: dict[str, tuple[int, int]] = {}
         self._links: dict[tuple[int, int], str] = {}
+        """(device, inode) of files with several names -> the name under which it was read"""
         self.problems: list[Problem] = []
         self._unreadable = self._unstable = self._files = self._bytes = 0
         self._done_files = self._done_bytes = self._total_files = self._total_bytes = 0
 
     def run(self, tags: dict[str, str]) -> Snapshot:
-        writer = self._repository.writer()
+        writer = self._repository.writer(trusting=not self._full)
         if self._repository.sink.wants_progress:
             self._measure()
         try:
-            with FileReader(writer, self._repository.format.chunking, self._repository.clock) as reader:
+            with FileReader(writer, self._repository) as reader:
                 for entry in self._entries(writer, reader):
                     self._take(writer, entry)
             return writer.commit(self._snapshot(tags))
@@ -153,7 +154,7 @@ class _Backup:
             time=records.time_text(self._time_ns),
             tags=tags,
             host=socket.gethostname(),
-            sources=[os.fsdecode(root.location).encode(errors="replace").decode() for root in self._roots],
+            sources=self._sources(),
             parent=self._parent.id if self._parent else "",
             files=self._files,
             bytes=self._bytes,
@@ -163,11 +164,17 @@ class _Backup:
         )
 
     def _newest(self, name: str) -> Snapshot | None:
+        """The parent: of the snapshots of this name the newest, of the same sources on this host if there is one."""
         same = [snapshot for snapshot in self._repository.snapshots() if snapshot.name == name]
-        return same[-1] if same else None
+        here = (socket.gethostname(), self._sources())
+        nearest = [snapshot for snapshot in same if (snapshot.host, snapshot.sources) == here]
+        return next(reversed(nearest or same), None)
+
+    def _sources(self) -> list[str]:
+        return [os.fsdecode(root.location).encode(errors="replace").decode() for root in self._roots]
 
     def _inode_of_repository(self) -> tuple[int, int] | None:
-        folder = _repository_folder(self._repository)
+        folder = own_folder(self._repository.store)
         if folder is None:
             return None
         status = os.stat(folder)
@@ -194,6 +201,9 @@ class _Backup:
         """Entries in manifest order. Reading runs ahead of what is yielded, within a bound of bytes."""
         for root in self._roots:
             for found in walk(root, self._skip):
+                if self._is_another_name(found):
+                    yield from self._finished(reader.link_or_read(found, partial(self._link, found)))
+                    continue
                 entry = self._without_reading(writer, found)
                 yield from self._finished(reader.keep_place(entry) if entry else reader.read(found))
         yield from self._finished(reader.rest())
@@ -205,7 +215,25 @@ class _Backup:
                     self.problem(reading.entry.raw_path, "unreadable", reading.entry.reason)
                 elif reading.entry.unstable:
                     self.problem(reading.entry.raw_path, "unstable", "it kept changing while it was read")
+                inode = self._names.pop(reading.entry.path, None)
+                if inode is not None and reading.entry.type == "file" and reading.entry.inode == inode[1]:
+                    self._links.setdefault(inode, reading.entry.path)
                 yield reading.entry
+
+    def _is_another_name(self, found: Found) -> bool:
+        """Whether a file was met before under another name. Whether it still is the same one is
+        decided when that one has been read: names move while a backup runs."""
+        if found.error is not None or found.status.st_nlink < 2 or not stat.S_ISREG(found.status.st_mode):
+            return False
+        inode = (found.status.st_dev, found.status.st_ino)
+        known = inode in self._met
+        self._met.add(inode)
+        self._names[records.path_text(found.path)] = inode
+        return known
+
+    def _link(self, found: Found) -> Entry | None:
+        first = self._links.get((found.status.st_dev, found.status.st_ino))
+        return _entry(found, "hardlink", target=first) if first else None
 
     def _without_reading(self, writer: Writer, found: Found) -> Entry | None:
         """The entry, unless the content of a file has to be read for it."""
@@ -223,11 +251,6 @@ class _Backup:
             return _entry(found, "fifo")
         if not stat.S_ISREG(mode):
             return _entry(found, "unreadable", reason="it is a socket or a device, which has no content to back up")
-        if found.status.st_nlink > 1:
-            inode = (found.status.st_dev, found.status.st_ino)
-            first = self._links.setdefault(inode, records.path_text(found.path))
-            if first != records.path_text(found.path):
-                return _entry(found, "hardlink", target=first)
         return self._unchanged(writer, found)
 
     def _unchanged(self, writer: Writer, found: Found) -> Entry | None:
@@ -251,10 +274,19 @@ class _Backup:
     def _parent_at(self, key: bytes) -> Entry | None:
         """The parent's entry at this place; both run in the same order, so each is read once."""
         while self._parent_key < key:
-            entry = next(self._parent_entries, None)
+            entry = self._next_of_parent()
             self._parent_entry = entry
             self._parent_key = records.path_order(entry.raw_path) if entry else b"\xff" * 8192
         return self._parent_entry if self._parent_key == key else None
+
+    def _next_of_parent(self) -> Entry | None:
+        try:
+            return next(self._parent_entries, None)
+        except Corrupt as exc:
+            self._repository.sink.event(
+                Event("parent.damaged", f"{exc.message} What the last snapshot holds from there on is read again.")
+            )
+            return None
 
     def _take(self, writer: Writer, entry: Entry) -> None:
         writer.add_entry(entry)

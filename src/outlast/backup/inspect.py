@@ -6,9 +6,7 @@ contents are compared by the ids of their chunks, and read only where chunks don
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
 import blake3
 import msgspec
@@ -16,8 +14,9 @@ import msgspec
 from outlast.errors import Corrupt
 from outlast.records import Entry, Snapshot, path_order
 from outlast.repo import formats
+from outlast.repo.content import Content, RecentChunks
 from outlast.repo.formats import Tensor
-from outlast.repo.repository import Repository, chunk_offsets, content_reader
+from outlast.repo.repository import Repository
 
 _HEAD_BYTES = 16 << 10
 _MODEL_BYTES_MIN = 16
@@ -134,7 +133,7 @@ def _views(repository: Repository, entries: list[Entry]) -> Iterator[FileView]:
             yield FileView(entry)
             continue
         head = heads.get(bytes.fromhex(entry.chunks[0][0]), b"")
-        yield _view(_Content(repository, entry, head))
+        yield _view(Content(entry, RecentChunks(repository).get, head))
 
 
 def _heads(repository: Repository, entries: list[Entry]) -> dict[bytes, bytes]:
@@ -155,44 +154,7 @@ def _may_hold_tensors(entry: Entry) -> bool:
     return entry.type == "file" and entry.size >= _MODEL_BYTES_MIN and bool(entry.chunks) and not starts_with_hole
 
 
-class _Piece(NamedTuple):
-    """The run of content that begins at some offset: inside which chunk ("" for a hole), how many of
-    the chunk's bytes lie before it, and how many bytes are left in it."""
-
-    chunk: str
-    skip: int
-    rest: int
-
-
-class _Content:
-    """The content of a file, to read and to compare without reading."""
-
-    def __init__(self, repository: Repository, entry: Entry, head: bytes = b"") -> None:
-        """`head`: the first bytes, where they are at hand; most files are told by them alone."""
-        self.entry = entry
-        self._head = head
-        self._read = content_reader(repository, entry)
-        self._chunks = list(chunk_offsets(entry))
-        self._starts = [start for start, _ in self._chunks]
-
-    def read(self, offset: int, length: int) -> bytes:
-        end = min(offset + length, self.entry.size)
-        return self._head[offset:end] if end <= len(self._head) else self._read(offset, length)
-
-    def piece(self, offset: int) -> _Piece:
-        """Raises `Corrupt` at or behind the end of the file."""
-        if offset >= self.entry.size:
-            raise Corrupt(f"the tensors of {self.entry.path} reach past its end.")
-        at = bisect_right(self._starts, offset) - 1
-        if at >= 0:
-            start, (chunk, length) = self._chunks[at]
-            if offset < start + length:
-                return _Piece(chunk, offset - start, start + length - offset)
-        end = self._starts[at + 1] if at + 1 < len(self._starts) else self.entry.size
-        return _Piece("", 0, end - offset)
-
-
-def _view(content: _Content) -> FileView:
+def _view(content: Content) -> FileView:
     try:
         form = formats.detect(content.read, content.entry.size)
         found = formats.tensors(content.read, content.entry.size) if form else None
@@ -257,7 +219,7 @@ def _bytes_new(old: Entry, new: Entry) -> int:
 def _compare_tensors(repository: Repository, old: Entry, new: Entry, report: DiffReport) -> None:
     if not (_may_hold_tensors(old) and _may_hold_tensors(new)):
         return
-    old_content, new_content = _Content(repository, old), _Content(repository, new)
+    old_content, new_content = (Content(entry, RecentChunks(repository).get) for entry in (old, new))
     try:
         olds, news = _view(old_content), _view(new_content)
         for view in (olds, news):
@@ -270,7 +232,7 @@ def _compare_tensors(repository: Repository, old: Entry, new: Entry, report: Dif
 
 
 def _compare_named(
-    old_content: _Content, olds: Iterable[Tensor], new_content: _Content, news: Iterable[Tensor], report: TensorChanges
+    old_content: Content, olds: Iterable[Tensor], new_content: Content, news: Iterable[Tensor], report: TensorChanges
 ) -> None:
     path = new_content.entry.path
     before = {tensor.name: tensor for tensor in olds}
@@ -298,14 +260,14 @@ def _compare_named(
     report.removed += [TensorSide(path, old.name, old.dtype, old.shape, old.length) for old in before.values()]
 
 
-def _tensor_bytes_changed(old_content: _Content, old: Tensor, new_content: _Content, new: Tensor) -> int:
+def _tensor_bytes_changed(old_content: Content, old: Tensor, new_content: Content, new: Tensor) -> int:
     if old.strides is None and new.strides is None and old.length == new.length:
         return _bytes_changed(old_content, old.offset, new_content, new.offset, new.length)
     same = _content_hash(old_content, old) == _content_hash(new_content, new)
     return 0 if same else new.length
 
 
-def _bytes_changed(old: _Content, old_start: int, new: _Content, new_start: int, length: int) -> int:
+def _bytes_changed(old: Content, old_start: int, new: Content, new_start: int, length: int) -> int:
     """How many of `length` bytes lie in parts that differ: by chunk ids where the chunks line up,
     by the bytes themselves where they don't."""
     changed = at = 0
@@ -323,7 +285,7 @@ def _bytes_changed(old: _Content, old_start: int, new: _Content, new_start: int,
     return changed
 
 
-def _content_hash(content: _Content, tensor: Tensor) -> bytes:
+def _content_hash(content: Content, tensor: Tensor) -> bytes:
     hasher = blake3.blake3()
     for piece in formats.tensor_bytes(content.read, tensor):
         hasher.update(piece)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from outlast.backup.folder import Folder, Metadata
 from outlast.backup.restore_plan import RestorePlan, Selected, kept_name
 from outlast.errors import Corrupt
 
 
-def merge(plan: RestorePlan, entries: Iterator[Selected], metadata: Metadata) -> bool:
+def merge(plan: RestorePlan, entries: Iterator[Selected], skipped: Container[bytes], metadata: Metadata) -> bool:
     """Move what was built in the staging folder to its places; returns whether anything old was kept.
 
     Every file is replaced by one rename, so that at any instant either version is there.
@@ -21,7 +21,7 @@ def merge(plan: RestorePlan, entries: Iterator[Selected], metadata: Metadata) ->
     with Folder(plan.staging) as staging, Folder(plan.target) as target:
         step = _Merge(plan, staging, target)
         for raw, entry in entries:
-            if entry.type == "unreadable" or raw == b"." or raw in plan.right:
+            if raw in skipped or raw == b"." or raw in plan.right:
                 continue
             if entry.type != "dir":
                 step.replace(raw, entry.raw_target if entry.type == "hardlink" else None)

@@ -17,10 +17,10 @@ import msgspec
 
 from outlast import records
 from outlast.backup.walk import Found
-from outlast.clock import Clock
-from outlast.records import Chunking, ChunkRef, Entry, Hole
+from outlast.records import ChunkRef, Entry, Hole
 from outlast.repo import formats
-from outlast.repo.chunker import cutter, pieces
+from outlast.repo.chunker import pieces
+from outlast.repo.repository import Repository
 from outlast.repo.write import Prepared, Writer
 
 SMALL_BYTES = 64 << 10
@@ -28,6 +28,8 @@ SMALL_BYTES = 64 << 10
 _BATCH_FILES = 64
 _BYTES_IN_FLIGHT = 64 << 20
 _ITEMS_IN_FLIGHT = 4096
+_OPEN_FILE_BYTES = 512 << 10
+"""What an open file weighs in the queue, which so holds at most 128 of them."""
 _SEGMENT_BYTES = 16 << 20
 _TRIES = 4
 _PAUSE_SECONDS = 0.1
@@ -77,11 +79,11 @@ class FileReader:
     Memory is bounded by `_BYTES_IN_FLIGHT`: asking for one more file first finishes the oldest.
     """
 
-    def __init__(self, writer: Writer, chunking: Chunking, clock: Clock) -> None:
+    def __init__(self, writer: Writer, repository: Repository) -> None:
         self._writer = writer
-        self._chunking = chunking
-        self._clock = clock
-        self._cut = cutter(chunking)
+        self._chunking = repository.format.chunking
+        self._clock = repository.clock
+        self._cut = repository.cutter()
         self._pool = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), thread_name_prefix="read")
         self._queue: deque[_Item] = deque()
         self._queued_bytes = 0
@@ -103,9 +105,19 @@ class FileReader:
         yield from self._submit_batch()
         yield from self._push(0, lambda: iter((Reading(entry),)))
 
+    def link_or_read(self, found: Found, link: Callable[[], Entry | None]) -> Iterator[Reading]:
+        """Another name of a file asked for before: `link()` once that one is finished, or its content."""
+        yield from self._submit_batch()
+
+        def finish() -> Iterator[Reading]:
+            entry = link()
+            yield self._read_now(found) if entry is None else Reading(entry)
+
+        yield from self._push(0, finish)
+
     def read(self, found: Found) -> Iterator[Reading]:
         """Ask for a file; yields whatever has been finished meanwhile."""
-        if found.status.st_size <= SMALL_BYTES and not _may_be_sparse(found.status):
+        if found.status.st_size <= SMALL_BYTES:
             self._batch.append(found)
             if len(self._batch) >= _BATCH_FILES:
                 yield from self._submit_batch()
@@ -173,6 +185,9 @@ class FileReader:
 
     def _read_large(self, found: Found) -> Iterator[Reading]:
         file = self._open(found)
+        if file is None:
+            yield from self.rest()
+            file = self._open(found) or _unreadable(found, OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
         if isinstance(file, Reading):
             reading = file
             yield from self._push(0, lambda: iter((reading,)))
@@ -182,13 +197,14 @@ class FileReader:
                 yield from self._push(size, _finish_piece(self._writer, file, future))
         except (_ChangedError, OSError):
             file.changed = True
-        yield from self._push(0, lambda: self._finish_file(file))
+        yield from self._push(_OPEN_FILE_BYTES, lambda: self._finish_file(file))
 
-    def _open(self, found: Found) -> _File | Reading:
+    def _open(self, found: Found) -> _File | Reading | None:
+        """The open file, or why it can't be read; None when this process has too many open already."""
         try:
             fd = os.open(found.location, _OPEN_FLAGS)
         except OSError as exc:
-            return _unreadable(found, exc)
+            return None if exc.errno == errno.EMFILE else _unreadable(found, exc)
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             os.close(fd)
@@ -230,8 +246,9 @@ class FileReader:
         """Read a file that has changed under us again, at once; the last try takes it as it comes."""
         reading = Reading(None)
         for attempt in range(_TRIES):
-            self._clock.sleep(_PAUSE_SECONDS * 2**attempt)
-            file = self._open(found)
+            if attempt:
+                self._clock.sleep(_PAUSE_SECONDS * 2**attempt)
+            file = self._open(found) or _unreadable(found, OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
             if isinstance(file, Reading):
                 return file
             window: deque[Future[Prepared]] = deque()

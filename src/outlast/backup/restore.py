@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from outlast.backup.restore_plan import (
     batches,
     beside,
     first_few,
+    is_kept_name,
     kept_name,
     plan,
     shown,
@@ -49,7 +51,13 @@ class Skipped(msgspec.Struct, frozen=True):
 
 
 class RestoreReport(msgspec.Struct):
-    """What a restore did. It ends with an error or with `verified` content: every byte was hashed."""
+    """What a restore did.
+
+    `verified` is always true: a restore in which a file's content could not be verified ends with an
+    error. It says that in this run every chunk of every file was hashed against its id: fetched
+    ones after they were decoded, those that were on the disk already where they lie, copied ones
+    after the copying. `skipped` has no content, or lacks some metadata.
+    """
 
     snapshot: str
     files: int
@@ -77,19 +85,23 @@ def execute(repository: Repository, plan: RestorePlan) -> RestoreReport:
     Raises `Busy`, `Corrupt` (naming the files that can't be had), `StoreFull`, `Refused`, `Unavailable`.
     """
     started = repository.clock.monotonic_seconds()
-    with translated(plan.target, plan.bytes, plan.staging), exclusive(plan.target) as lock:
-        kept = _finish_swap(plan, lock)
-        metadata = Metadata()
-        fetched = 0
+    metadata = Metadata()
+    skipped: dict[bytes, str] = {}
+    fetched = 0
+    with translated(plan.target, plan.bytes, plan.staging) as stage, exclusive(plan.target) as lock:
+        kept = _finish_swap(repository, plan, lock)
         if not plan.unchanged:
             if (plan.mode == "new") == os.path.lexists(plan.target):
                 raise Refused(
                     f"{shown(plan.target)} was made or removed since the restore was planned.", hint="Run it again."
                 )
-            fetched = _build(repository, plan, metadata)
-            kept = _put_in_place(repository, plan, lock, metadata) or kept
-        elif os.path.lexists(plan.staging):
-            remove_tree(plan.staging)
+            built = _build(repository, plan, metadata)
+            fetched, skipped = built.bytes_fetched, built.skipped
+            kept = _put_in_place(repository, plan, lock, built, metadata, stage) or kept
+        else:
+            skipped = _without_content(repository, plan)
+            if os.path.lexists(plan.staging):
+                remove_tree(plan.staging)
     return RestoreReport(
         snapshot=plan.snapshot.id,
         files=plan.files,
@@ -98,7 +110,10 @@ def execute(repository: Repository, plan: RestorePlan) -> RestoreReport:
         verified=True,
         seconds=repository.clock.monotonic_seconds() - started,
         kept_as=shown(kept),
-        skipped=[Skipped(path, reason) for path, reason in metadata.failed],
+        skipped=[
+            *(Skipped(shown(raw), reason) for raw, reason in skipped.items()),
+            *(Skipped(path, reason) for path, reason in metadata.failed),
+        ],
     )
 
 
@@ -111,7 +126,12 @@ def exclusive(target: bytes) -> Iterator[int]:
     make_parents(os.path.dirname(target))
     path = beside(target, ".outlast-lock")
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+        except OSError as exc:
+            if exc.errno in {errno.ELOOP, errno.EISDIR, errno.ENXIO}:
+                raise _foreign(path) from exc
+            raise
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The one who held it before may have removed the file after we opened it.
@@ -126,6 +146,9 @@ def exclusive(target: bytes) -> Iterator[int]:
                 hint="Wait for it to end, or restore to another folder.",
             ) from exc
         os.close(fd)
+    if not _is_ours(os.fstat(fd)):
+        os.close(fd)
+        raise _foreign(path)
     try:
         yield fd
     except BaseException:
@@ -136,6 +159,19 @@ def exclusive(target: bytes) -> Iterator[int]:
     with suppress(FileNotFoundError):
         os.unlink(path)
     os.close(fd)
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    """Whether nobody else can have written what a lock file says."""
+    mine = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
+    return mine and found.st_nlink == 1 and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _foreign(path: bytes) -> Refused:
+    return Refused(
+        f"{shown(path)} is in the way: it is not the lock of a restore by this user. Nothing was changed.",
+        hint="See what it is and who made it, and remove it.",
+    )
 
 
 def make_parents(path: bytes) -> None:
@@ -150,7 +186,7 @@ def make_parents(path: bytes) -> None:
         sync_folder(os.path.dirname(folder))
 
 
-def _finish_swap(plan: RestorePlan, lock: int) -> bytes:
+def _finish_swap(repository: Repository, plan: RestorePlan, lock: int) -> bytes:
     """Put away the old folder of a restore that was killed right after its swap; returns where it went."""
     text = os.pread(lock, _JOURNAL_BYTES_MAX, 0)
     if not text:
@@ -160,7 +196,13 @@ def _finish_swap(plan: RestorePlan, lock: int) -> bytes:
     except msgspec.DecodeError:
         os.ftruncate(lock, 0)  # cut short while it was written, so no swap has followed it
         return b""
-    staging, kept = bytes.fromhex(journal.staging), bytes.fromhex(journal.kept_as)
+    named = _named(plan.target, journal)
+    if named is None:
+        os.ftruncate(lock, 0)
+        reason = f"the journal of a restore to {shown(plan.target)} names what no restore to it makes; it is not used."
+        repository.sink.event(Event("restore.journal.ignored", reason, {"target": shown(plan.target)}))
+        return b""
+    staging, kept = named
     kept_as = b""
     with suppress(FileNotFoundError):
         found = os.lstat(staging)
@@ -169,6 +211,27 @@ def _finish_swap(plan: RestorePlan, lock: int) -> bytes:
             kept_as = _put_away(staging, kept_name(plan.target, plan.stamp) if kept and taken else kept)
     os.ftruncate(lock, 0)
     return kept_as
+
+
+def _named(target: bytes, journal: _Journal) -> tuple[bytes, bytes] | None:
+    """The two paths of a journal, if they are such as a restore to this target gives."""
+    try:
+        staging, kept = bytes.fromhex(journal.staging), bytes.fromhex(journal.kept_as)
+    except ValueError:
+        return None
+    digits = b"0" * 12
+    start = beside(target, f".outlast-{digits.decode()}").removesuffix(digits)
+    if not staging.startswith(start) or not re.fullmatch(rb"[0-9a-f]{12}", staging[len(start) :]):
+        return None
+    return (staging, kept) if not kept or is_kept_name(target, kept) else None
+
+
+def _without_content(repository: Repository, plan: RestorePlan) -> dict[bytes, str]:
+    return {
+        raw: f"it could not be read when it was backed up: {entry.reason}"
+        for raw, entry in plan.entries(repository)
+        if entry.type == "unreadable"
+    }
 
 
 def _put_away(old: bytes, kept_as: bytes) -> bytes:
@@ -183,8 +246,8 @@ def _put_away(old: bytes, kept_as: bytes) -> bytes:
 # -- build and swap ----------------------------------------------------------------------------------
 
 
-def _build(repository: Repository, plan: RestorePlan, metadata: Metadata) -> int:
-    """Everything into the staging folder, durable; returns how many plain bytes were fetched."""
+def _build(repository: Repository, plan: RestorePlan, metadata: Metadata) -> Staging:
+    """Everything into the staging folder, durable."""
     resumed = _open_staging(plan)
     _warn_of_space(repository, plan)
     with Folder(plan.staging) as folder, ThreadPoolExecutor(HASHING_THREADS, thread_name_prefix="hash") as pool:
@@ -193,6 +256,7 @@ def _build(repository: Repository, plan: RestorePlan, metadata: Metadata) -> int
         try:
             for batch in batches(plan.entries(repository)):
                 staging.add(batch)
+            staging.link()
             if staging.lost:
                 raise _lost(plan, staging.lost)
             staging.finish()
@@ -201,7 +265,7 @@ def _build(repository: Repository, plan: RestorePlan, metadata: Metadata) -> int
             staging.meter.report()
             if old is not None:
                 old.__exit__(None, None, None)
-        return staging.bytes_fetched
+        return staging
 
 
 def _open_staging(plan: RestorePlan) -> bool:
@@ -248,44 +312,66 @@ def _lost(plan: RestorePlan, lost: dict[str, OutlastError]) -> OutlastError:
     )
 
 
-def _put_in_place(repository: Repository, plan: RestorePlan, lock: int, metadata: Metadata) -> bytes:
+def _put_in_place(
+    repository: Repository, plan: RestorePlan, lock: int, built: Staging, metadata: Metadata, stage: Stage
+) -> bytes:
     """The moment at which the target changes; returns where what it replaced is kept."""
-    parent = os.path.dirname(plan.target)
+    parent, what = os.path.dirname(plan.target), shown(plan.target)
     if plan.mode == "merge":
-        kept_any = merge(plan, plan.entries(repository), metadata)
+        stage.safe = f"Each file in {what} is whole: some are restored already, the others as they were."
+        kept_any = merge(plan, plan.entries(repository), built.skipped, metadata)
         remove_tree(plan.staging)
         sync_folder(parent)
         return plan.target + b"/**/*.before-" + plan.stamp.encode() if kept_any else b""
     if plan.mode == "new":
         os.rename(plan.staging, plan.target)
+        stage.safe = f"{what} is restored as a whole."
         sync_folder(parent)
         return b""
     # Whatever came into an empty target since the plan was made is kept too.
     keep = not plan.overwrite and (plan.kept_as is not None or bool(os.listdir(plan.target)))
+    keep = keep or not built.carried_over
     kept_as = kept_name(plan.target, plan.stamp) if keep else b""
     found = os.lstat(plan.target)
     journal = _Journal(plan.staging.hex(), found.st_dev, found.st_ino, kept_as.hex())
     os.pwrite(lock, msgspec.json.encode(journal), 0)
     os.fsync(lock)
     sync_folder(parent)
+    restored = f"{what} is restored as a whole; what it replaced is still in "
     if exchange(plan.staging, plan.target):
+        stage.safe = f"{restored}{shown(plan.staging)}, and the next restore to this place puts it away."
         sync_folder(parent)
         _put_away(plan.staging, kept_as)
     else:
         aside = kept_as or kept_name(plan.target, plan.stamp)
         os.rename(plan.target, aside)
-        os.rename(plan.staging, plan.target)
+        try:
+            os.rename(plan.staging, plan.target)
+        except OSError:
+            stage.safe = f"What was there is in {shown(aside)}."
+            os.rename(aside, plan.target)
+            stage.safe = f"{what} is as it was."
+            raise
+        stage.safe = f"{restored}{shown(aside)}."
         sync_folder(parent)
         if not keep:
             remove_tree(aside)
     return kept_as
 
 
+class Stage:
+    """How far a restore is: `safe` tells what the user has if it fails now."""
+
+    def __init__(self, target: bytes) -> None:
+        self.safe = f"{shown(target)} is untouched."
+
+
 @contextmanager
-def translated(target: bytes, needed_bytes: int, staging: bytes = b"") -> Iterator[None]:
+def translated(target: bytes, needed_bytes: int, staging: bytes = b"") -> Iterator[Stage]:
     """Errors of the operating system, in the words of this package."""
+    stage = Stage(target)
     try:
-        yield
+        yield stage
     except OSError as exc:
         what, reason = shown(target), exc.strerror or str(exc)
         named = f" ({os.fsdecode(exc.filename)})" if isinstance(exc.filename, str | bytes) else ""
@@ -293,17 +379,19 @@ def translated(target: bytes, needed_bytes: int, staging: bytes = b"") -> Iterat
         if exc.errno in _FULL:
             raise StoreFull(
                 f"there is no room for the restore to {what}: {reason}. It takes {needed_bytes} bytes, "
-                f"{_free_bytes(target)} are free now. {what} is untouched.",
+                f"{_free_bytes(target)} are free now. {stage.safe}",
                 hint=f"Free space or raise the limit, then run the same command again.{kept}",
             ) from exc
         if exc.errno in _DENIED:
             raise Refused(
-                f"the system does not let us restore to {what}: {reason}{named}. It is untouched.",
+                f"the system does not let us restore to {what}: {reason}{named}. {stage.safe}",
                 hint="Check who owns the folder above it, its mode, and whether the disk is read-only.",
             ) from exc
         if exc.errno == errno.EEXIST:
             raise Refused(
-                f"two names of the snapshot are one name on the disk of {what}{named}. It is untouched.",
+                f"two names of the snapshot are one name on the disk of {what}{named}. {stage.safe}",
                 hint="Restore to a file system that tells capital letters from small ones.",
             ) from exc
-        raise Unavailable(f"the disk failed while restoring to {what}: {reason}{named}.", hint=kept.strip()) from exc
+        raise Unavailable(
+            f"the disk failed while restoring to {what}: {reason}{named}. {stage.safe}", hint=kept.strip()
+        ) from exc

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Literal
@@ -21,11 +22,23 @@ from outlast.events import Event
 from outlast.records import Entry, Snapshot
 from outlast.repo.pack import CHUNK_BYTES_MAX
 from outlast.repo.repository import Repository, chunk_offsets
+from outlast.store.layers import own_folder
 
 BATCH_CHUNKS = 1 << 17
 BATCH_ENTRIES = 1 << 17
 HASHING_THREADS = 4
 _SIZE_MAX = (1 << 63) - 1
+_TIME_NS_MAX = (1 << 63) * 1_000_000_000 - 1
+"""what time_t, in seconds, can hold"""
+_RANGES = {
+    "mode": (0, 0o177777),
+    "uid": (0, (1 << 32) - 2),  # the last number means "leave it" to chown(2)
+    "gid": (0, (1 << 32) - 2),
+    "mtime_ns": (-_TIME_NS_MAX, _TIME_NS_MAX),
+    "ctime_ns": (-_TIME_NS_MAX, _TIME_NS_MAX),
+    "size": (0, _SIZE_MAX),
+    "inode": (0, (1 << 64) - 1),
+}
 _NAME_BYTES_MAX = 255
 
 _KINDS = {
@@ -96,6 +109,15 @@ def kept_name(path: bytes, stamp: str) -> bytes:
         if not os.path.lexists(candidate):
             return candidate
     raise Refused(f"{shown(path)} has a million kept copies beside it already; nothing was changed.")
+
+
+def is_kept_name(path: bytes, kept: bytes) -> bool:
+    """Whether `kept_name` could have given `kept` for this path, at some time."""
+    folder, _, name = path.rpartition(b"/")
+    ending = re.search(rb"\.before-\d{8}T\d{6}Z(-\d{1,6})?$", kept)
+    if ending is None:
+        return False
+    return kept == folder + b"/" + name[: _NAME_BYTES_MAX - len(ending[0])] + ending[0]
 
 
 def stamp_text(now_ns: int) -> str:
@@ -182,10 +204,9 @@ def _check_target(path: bytes) -> bool:
 
 
 def _check_repository(repository: Repository, path: bytes, mode: str) -> None:
-    local_path: Callable[[str], str] | None = getattr(repository.store, "local_path", None)
-    if local_path is None or not repository.store.capabilities.memory_map:
+    folder = own_folder(repository.store)
+    if folder is None:
         return
-    folder = os.path.realpath(os.path.dirname(os.fsencode(local_path("format"))))
     if (path + b"/").startswith(folder + b"/"):
         raise Refused(
             f"{shown(path)} lies inside the repository itself; nothing was changed.", hint="Choose another target."
@@ -269,6 +290,7 @@ def checked(repository: Repository, snapshot: Snapshot) -> Iterator[Selected]:
         raw = entry.raw_path
         if raw == b"." and root and entry.type == "dir":
             root = False
+            _check_numbers(snapshot, entry)
             yield raw, entry
             continue
         root = False
@@ -278,6 +300,7 @@ def checked(repository: Repository, snapshot: Snapshot) -> Iterator[Selected]:
         if order <= last:
             raise _bad(snapshot, entry, "is out of order or there twice")
         last = order
+        _check_numbers(snapshot, entry)
         head = raw.rpartition(b"/")[0]
         while folders and folders[-1] != head:
             folders.pop()
@@ -287,6 +310,8 @@ def checked(repository: Repository, snapshot: Snapshot) -> Iterator[Selected]:
             folders.append(raw)
         elif entry.type == "file":
             _check_content(snapshot, entry)
+        elif entry.type == "symlink" and (not entry.target or b"\0" in entry.raw_target):
+            raise _bad(snapshot, entry, "is a symlink to a name that can't exist")
         elif entry.type == "hardlink" and (
             not is_safe(entry.raw_target) or records.path_order(entry.raw_target) >= order
         ):
@@ -299,6 +324,12 @@ def is_safe(raw: bytes) -> bool:
     if b"\0" in raw or not raw:
         return False
     return not any(part in (b"", b".", b"..") for part in raw.split(b"/"))
+
+
+def _check_numbers(snapshot: Snapshot, entry: Entry) -> None:
+    for name, (low, high) in _RANGES.items():
+        if not low <= getattr(entry, name) <= high:
+            raise _bad(snapshot, entry, f"has an impossible {name}, {getattr(entry, name)}")
 
 
 def _check_content(snapshot: Snapshot, entry: Entry) -> None:
@@ -351,6 +382,7 @@ class _Survey:
         self._target: Folder | None = None
         self._staging: Folder | None = None
         self._counted: set[str] = set()
+        self._unreadable: set[bytes] = set()
         self._found = 0
         self._all_right = True
 
@@ -422,7 +454,8 @@ class _Survey:
 
     def _note_other(self, raw: bytes, entry: Entry) -> None:
         plan = self._plan
-        if entry.type == "unreadable":
+        if entry.type == "unreadable" or (entry.type == "hardlink" and entry.raw_target in self._unreadable):
+            self._unreadable.add(raw)
             plan.actions.append((entry.path, 0, 0, "skipped"))
             self._found += self._target is not None and self._target.status(raw) is not None
             return

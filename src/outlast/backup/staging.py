@@ -81,11 +81,16 @@ class Staging:
         self._resumed = resumed
         self._folders: list[Selected] = []
         self._links: list[Selected] = []
+        self._unreadable: dict[bytes, Entry] = {}
         self._open: list[tuple[bytes, set[bytes]]] = [(b"", set())]
         self._wanted: dict[bytes, list[tuple[_File, int, int]]] = {}
         self._lock = threading.Lock()
         self.lost: dict[str, OutlastError] = {}
         """path -> why it can't be had"""
+        self.skipped: dict[bytes, str] = {}
+        """what is not in the result because the snapshot has no content for it, and why"""
+        self.carried_over = True
+        """whether everything that the snapshot has no content for was taken along from the old folder"""
         self.bytes_fetched = 0
         self.meter = Meter(repository.sink, repository.clock, plan.bytes, plan.files)
 
@@ -99,8 +104,8 @@ class Staging:
                 self._folder.make_folder(raw)
                 self._folders.append((raw, entry))
             elif entry.type == "unreadable":
-                reason = f"it could not be read when it was backed up: {entry.reason}"
-                self._metadata.failed.append((entry.path, reason))
+                self._unreadable[raw] = entry
+                self.skipped[raw] = f"it could not be read when it was backed up: {entry.reason}"
             elif raw in self._plan.right:
                 self.meter.add(entry.size, 1)
             elif entry.type == "file":
@@ -118,29 +123,45 @@ class Staging:
         self._wanted = {}
         self._folder.release()
 
-    def finish(self) -> None:
-        """Links, what a killed restore left over, and the metadata of folders, deepest first."""
+    def link(self) -> None:
+        """Give files their further names; those that can't have one go to `skipped` or to `lost`."""
+        merging = self._plan.mode == "merge"
+        linked: set[bytes] = set()
+        for raw, entry in self._links:
+            first = entry.raw_target
+            if first in self.skipped:
+                self.skipped[raw] = f"it is one file with {entry.target}, which was left out: {self.skipped[first]}"
+            elif first not in linked and not self._is_file(first):
+                what = f"it is a hard link to {entry.target}, which is not a file of the snapshot."
+                self.lost[entry.path] = Corrupt(what, hint="`outlast check` tells whether the snapshot is damaged.")
+            else:
+                linked.add(raw)
+                # In a merge the other name may be in the target already: links are made there.
+                if not merging:
+                    self._link(raw, first)
+                self.meter.add(0, 1)
+
+    def _is_file(self, raw: bytes) -> bool:
+        in_place = self._old is not None and raw in self._plan.right
+        found = (self._old if in_place and self._old is not None else self._folder).status(raw)
+        return found is not None and stat.S_ISREG(found.st_mode)
+
+    def _link(self, raw: bytes, first: bytes) -> None:
         folder = self._folder
-        # In a merge the other name may be in the target already: links are made there.
-        for raw, entry in self._links if self._plan.mode != "merge" else []:
-            found = folder.status(entry.raw_target)
-            if found is None or not stat.S_ISREG(found.st_mode):
-                raise Corrupt(f"{entry.path} is a hard link to {entry.target}, which is not a file of the snapshot.")
-            self._clear(raw)
-            name, at = folder.place(entry.raw_target)
-            at = os.dup(at)  # looking up the second place may close the first
-            try:
-                new, to = folder.place(raw)
-                os.link(name, new, src_dir_fd=at, dst_dir_fd=to, follow_symlinks=False)
-            finally:
-                os.close(at)
-            self.meter.add(0, 1)
+        self._clear(raw)
+        _link(folder, first, folder, raw)
+
+    def finish(self) -> None:
+        """What a killed restore left over goes, and folders get their metadata, deepest first."""
+        folder = self._folder
         if self._resumed:
             while self._open:
                 self._drop_strangers(*self._open.pop())
         folder.release()
         if self._plan.mode == "merge":
             return  # these folders only carry the files; the real ones get their metadata in place
+        if self._plan.mode == "swap" and self._plan.overwrite:
+            self._carry_over()
         for raw, entry in reversed(self._folders):
             if raw == b".":
                 self._metadata.put_on_file(folder.fd, entry)
@@ -152,6 +173,21 @@ class Staging:
                 os.close(fd)
         if not self._folders or self._folders[0][0] != b".":
             os.fchmod(folder.fd, 0o777 & ~_umask())
+
+    def _carry_over(self) -> None:
+        """Take along what the snapshot says was there but has no content for: else nobody would have it."""
+        assert self._old is not None
+        for raw in self._unreadable:
+            if self._old.status(raw) is None:
+                continue
+            try:
+                _link_tree(self._old, self._folder, raw)
+            except OSError:
+                # No hard links here, or not to this file: then the whole old folder is kept.
+                self._folder.remove(raw)
+                self.carried_over = False
+                continue
+            self.skipped[raw] += " (what was there before is still there)"
 
     # -- what is there already -----------------------------------------------------------------------
 
@@ -319,6 +355,35 @@ class Staging:
         else:
             os.mkfifo(name, 0o600, dir_fd=at)
         self._metadata.put_on_name(name, at, entry)
+
+
+def _link(source: Folder, first: bytes, folder: Folder, raw: bytes) -> None:
+    name, at = source.place(first)
+    at = os.dup(at)  # looking up the second place may close the first
+    try:
+        new, to = folder.place(raw)
+        os.link(name, new, src_dir_fd=at, dst_dir_fd=to, follow_symlinks=False)
+    finally:
+        os.close(at)
+
+
+def _link_tree(old: Folder, new: Folder, raw: bytes) -> None:
+    """The same files under the same name in another folder; folders are made anew, with their metadata."""
+    found = old.status(raw)
+    if found is None or not stat.S_ISDIR(found.st_mode):
+        _link(old, raw, new, raw)
+        return
+    new.make_folder(raw)
+    for name in old.names(raw):
+        _link_tree(old, new, raw + b"/" + name)
+    fd = new.open_file(raw, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if os.geteuid() == 0:
+            os.fchown(fd, found.st_uid, found.st_gid)
+        os.fchmod(fd, stat.S_IMODE(found.st_mode))
+        os.utime(fd, ns=(found.st_atime_ns, found.st_mtime_ns))
+    finally:
+        os.close(fd)
 
 
 def _joined(places: list[Place]) -> list[tuple[int, int]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import os
 import stat
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
@@ -19,70 +18,17 @@ from outlast.backup.staging import Meter
 from outlast.errors import Corrupt, InvalidInput, NotFound
 from outlast.records import Entry, Snapshot
 from outlast.repo import formats
+from outlast.repo.content import Content, RecentChunks
 from outlast.repo.formats import Tensor
 from outlast.repo.layout import DTYPE_BITS
-from outlast.repo.repository import Repository, chunk_offsets
+from outlast.repo.repository import Repository
 
-_CHUNKS_CACHED = 6
 _FILE_BYTES_MIN = 8
-
-
-class _Chunks:
-    """The few chunks read last, of whatever file; counts what was fetched."""
-
-    def __init__(self, repository: Repository) -> None:
-        self.bytes_fetched = 0
-        self._repository = repository
-        self._cache: dict[str, bytes | memoryview] = {}
-
-    def get(self, chunk: str, path: str) -> bytes | memoryview:
-        found = self._cache.get(chunk)
-        if found is None:
-            if len(self._cache) >= _CHUNKS_CACHED:
-                self._cache.pop(next(iter(self._cache)))
-            try:
-                found = self._cache[chunk] = self._repository.get_chunk(bytes.fromhex(chunk))
-            except Corrupt as exc:
-                hint = f"Leave {path} out with `--include`. {exc.hint}".strip()
-                raise Corrupt(f"{path} can't be read: {exc.message}", hint=hint) from exc
-            self.bytes_fetched += len(found)
-        return found
-
-
-class _Content:
-    """A file of the snapshot, read at any offset; only the chunks that are touched are fetched."""
-
-    def __init__(self, chunks: _Chunks, entry: Entry) -> None:
-        self.entry = entry
-        self._chunks = chunks
-        self._places = list(chunk_offsets(entry))
-        self._starts = [offset for offset, _ in self._places]
-
-    def chunks(self, offset: int, length: int) -> list[tuple[int, str]]:
-        """(start relative to `offset`, chunk id) of what the range touches."""
-        first = max(0, bisect_right(self._starts, offset) - 1)
-        found = []
-        for start, (chunk, chunk_bytes) in self._places[first:]:
-            if start >= offset + length:
-                break
-            if start + chunk_bytes > offset:
-                found.append((start - offset, chunk))
-        return found
-
-    def read(self, offset: int, length: int) -> bytes:
-        length = max(0, min(length, self.entry.size - offset))
-        found = bytearray(length)
-        for start, chunk in self.chunks(offset, length):
-            plain = self._chunks.get(chunk, self.entry.path)
-            low = max(0, -start)
-            part = plain[low : length - start]
-            found[start + low : start + low + len(part)] = part
-        return bytes(found)
 
 
 class _Chosen(msgspec.Struct):
     name: str
-    content: _Content
+    content: Content
     tensor: Tensor
 
     @property
@@ -114,10 +60,11 @@ def restore_tensors(
         path += b"/tensors.safetensors"
     if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
         raise InvalidInput(f"{shown(path)} is not a file, so it can't be replaced by one; nothing was changed.")
-    chunks = _Chunks(repository)
+    chunks = RecentChunks(repository)
     found = selected(repository, snapshot, include)
     files = (entry for _, entry in found if entry.type == "file" and entry.size >= _FILE_BYTES_MIN)
-    chosen = _named_apart(_find(snapshot, (_Content(chunks, entry) for entry in files), names))
+    every = _find(snapshot, (_content(entry, chunks) for entry in files), names)
+    chosen = _named_apart(every)
     # As the reference implementation orders them: wide elements first, which keeps all of them aligned.
     chosen.sort(key=lambda each: (-DTYPE_BITS.get(each.tensor.dtype, 0), each.name))
     header = formats.safetensors_header(
@@ -127,16 +74,18 @@ def restore_tensors(
     total = len(header) + sum(each.tensor.length for each in chosen)
     meter = Meter(repository.sink, repository.clock, total, 1)
     kept = b""
-    with translated(path, total):
+    with translated(path, total) as stage:
         make_parents(os.path.dirname(path))
         with exclusive(path):
             temporary = beside(path, f".outlast-{snapshot.id[:12]}")
             try:
-                _write(temporary, header, chosen, meter)
+                _write(temporary, header, chosen, meter, _mode(every))
                 if os.path.lexists(path) and not overwrite:
                     kept = kept_name(path, stamp_text(repository.clock.now_ns()))
                     _keep(path, kept)
+                    stage.safe = f"What was there is kept as {shown(kept)}."
                 os.rename(temporary, path)
+                stage.safe = f"{shown(path)} is restored as a whole."
             finally:
                 with suppress(FileNotFoundError):
                     os.unlink(temporary)
@@ -152,7 +101,18 @@ def restore_tensors(
     )
 
 
-def _find(snapshot: Snapshot, contents: Iterator[_Content], names: Sequence[str]) -> list[_Chosen]:
+def _content(entry: Entry, chunks: RecentChunks) -> Content:
+    def get(chunk: str) -> bytes | memoryview:
+        try:
+            return chunks.get(chunk)
+        except Corrupt as exc:
+            hint = f"Leave {entry.path} out with `--include`. {exc.hint}".strip()
+            raise Corrupt(f"{entry.path} can't be read: {exc.message}", hint=hint) from exc
+
+    return Content(entry, get)
+
+
+def _find(snapshot: Snapshot, contents: Iterator[Content], names: Sequence[str]) -> list[_Chosen]:
     """Every tensor that fits one of `names`. Raises `NotFound` where one of those fits nothing."""
     chosen = []
     unused = set(names)
@@ -210,10 +170,18 @@ def _digest(chosen: _Chosen) -> bytes:
     return hasher.digest()
 
 
-def _write(path: bytes, header: bytes, chosen: Sequence[_Chosen], meter: Meter) -> None:
+def _mode(chosen: Sequence[_Chosen]) -> int:
+    """Who may read what comes out of several files: only those who may read each of them."""
+    mode = 0o666
+    for each in chosen:
+        mode &= each.content.entry.mode
+    return 0o600 | mode
+
+
+def _write(path: bytes, header: bytes, chosen: Sequence[_Chosen], meter: Meter, mode: int) -> None:
     with suppress(FileNotFoundError):
         os.unlink(path)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     with open(fd, "wb", buffering=0) as file:
         for piece in _pieces(header, chosen):
             view = memoryview(piece)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -115,11 +116,16 @@ def _is_zero(fd: int, at: int, end: int) -> bool:
     while at < end:
         try:
             at = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError:
-            return True  # ENXIO: a hole up to the end of the file
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:
+                return True  # a hole up to the end of the file
+            # No such call on this file system, or a bad sector: the bytes themselves tell.
         if at >= end:
             return True
-        piece = os.pread(fd, min(end - at, len(_ZEROS)), at)
+        try:
+            piece = os.pread(fd, min(end - at, len(_ZEROS)), at)
+        except OSError:
+            return False
         if not piece or piece != _ZEROS[: len(piece)]:
             return False
         at += len(piece)

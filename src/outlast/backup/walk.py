@@ -19,7 +19,10 @@ class Found(msgspec.Struct, frozen=True):
     location: bytes
     status: os.stat_result
     error: OSError | None = None
-    """The folder can't be listed; what it holds is unknown."""
+    """Why nothing more is known: a folder that can't be listed, a thing that can't be looked at."""
+
+
+_UNKNOWN = os.stat_result((0,) * 10)
 
 
 class Root(msgspec.Struct, frozen=True):
@@ -66,12 +69,14 @@ def walk(root: Root, skip: Callable[[bytes, os.stat_result], bool]) -> Iterator[
     pending = [Found(root.path, root.location, root.status)]
     while pending:
         found = pending.pop()
-        if not stat.S_ISDIR(found.status.st_mode):
+        if found.error is not None or not stat.S_ISDIR(found.status.st_mode):
             yield found
             continue
         try:
             with os.scandir(found.location) as listing:
                 children = sorted(listing, key=lambda child: child.name, reverse=True)
+        except FileNotFoundError:
+            continue
         except OSError as exc:
             yield msgspec.structs.replace(found, error=exc)
             continue
@@ -82,6 +87,9 @@ def walk(root: Root, skip: Callable[[bytes, os.stat_result], bool]) -> Iterator[
             try:
                 status = child.stat(follow_symlinks=False)
             except FileNotFoundError:
+                continue
+            except OSError as exc:
+                pending.append(Found(path, child.path, _UNKNOWN, exc))
                 continue
             if not skip(path, status):
                 pending.append(Found(path, child.path, status))

@@ -25,9 +25,9 @@ from outlast.events import NULL_SINK, EventSink, Progress
 from outlast.records import PackRef
 from outlast.repo import chain, pack, seal
 from outlast.repo.index import Index, footer_rows, indexed_pack, read_segment
-from outlast.repo.pack import Footer
+from outlast.repo.pack import Footer, object_name
 from outlast.repo.references import Findings, References
-from outlast.repo.repository import Repository, Secret, pack_name, read_slot
+from outlast.repo.repository import Repository, Secret, read_slot
 from outlast.store.base import ObjectStore
 
 RANGE_BYTES = 8 << 20
@@ -183,7 +183,7 @@ class _Check:
         good: set[str] = set()
         bad: dict[bytes, set[str]] = {}
         workers = max(2, min(8, view.store.capabilities.concurrency))
-        tasks = ((ref, sizes.get(pack_name(ref.name)), ref.name in full) for ref in refs)
+        tasks = ((ref, sizes.get(object_name(ref.name)), ref.name in full) for ref in refs)
         with ThreadPoolExecutor(workers, thread_name_prefix="check") as pool:
             pending: set[Future[_Checked]] = {
                 pool.submit(self._check_pack, *task) for task in islice(tasks, 2 * workers)
@@ -217,7 +217,7 @@ class _Check:
     def _take(self, checked: _Checked, good: set[str], bad: dict[bytes, set[str]]) -> None:
         name = checked.ref.name
         for problem in checked.problems:
-            self._findings.problem(pack_name(name), problem)
+            self._findings.problem(object_name(name), problem)
         for chunk in checked.bad:
             bad.setdefault(chunk, set()).add(name)
         if checked.footer is not None:
@@ -230,7 +230,7 @@ class _Check:
 
     def _check_pack(self, ref: PackRef, size: int | None, full: bool) -> _Checked:
         checked = _Checked(ref)
-        name = pack_name(ref.name)
+        name = object_name(ref.name)
         try:
             if size is None:
                 size = self._view.store.stat(name).size_bytes
@@ -249,7 +249,7 @@ class _Check:
         return checked
 
     def _read_ends(self, ref: PackRef, checked: _Checked) -> Footer:
-        name = pack_name(ref.name)
+        name = object_name(ref.name)
         guess = min(ref.bytes, ref.chunks * pack.RECORD.itemsize + pack.TRAILER.size)
         head_bytes = min(ref.bytes, pack.HEADER.size)
         head, tail = self._view.store.get_ranges(name, [(0, head_bytes), (ref.bytes - guess, guess)])

@@ -62,18 +62,18 @@ def _opaque(start: int, end: int, chunking: Chunking) -> Piece:
     return Piece(start, end - start, 0, cut=end - start > chunking.min_bytes)
 
 
-def cutter(chunking: Chunking) -> Callable[[bytes | memoryview, bool], list[int]]:
+def cutter(chunking: Chunking, seed: int) -> Callable[[bytes | memoryview, bool], list[int]]:
     """A function (data, at_end) -> lengths of the chunks at the start of data.
 
     Without `at_end` the last cut is left out, for it might move once more data is there: give at
-    least `2 * max_bytes`, and begin the next call after the sum of the lengths.
+    least `2 * max_bytes`, and begin the next call after the sum of the lengths. For one thread.
     """
     fastcdc = FastCDC(
         avg_size=chunking.avg_bytes,
         min_size=chunking.min_bytes,
         max_size=chunking.max_bytes,
         normalized_chunking=2,
-        seed=chunking.seed,
+        seed=seed,
     )
 
     def cut(data: bytes | memoryview, at_end: bool) -> list[int]:

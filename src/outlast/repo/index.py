@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import blake3
 import msgspec
@@ -26,6 +27,8 @@ from outlast.repo.seal import Keys
 
 _HEAD = struct.Struct("<8sII")
 _MAGIC = b"OUTLINDX"
+RECENT_MAX = 100_000
+"""New chunks are kept in a dict, at some 300 bytes each, up to this many, and then sorted in."""
 _RECORD = np.dtype(
     [
         ("id", "V32"),
@@ -63,6 +66,13 @@ class Location(msgspec.Struct, frozen=True, gc=False):
     codec: int
 
 
+class _Sorted(NamedTuple):
+    """Records in order of the first eight bytes of their ids, and those bytes as numbers."""
+
+    records: NDArray[np.void]
+    prefixes: memoryview
+
+
 class Index:
     """All chunks of all known packs, in memory: 56 bytes a chunk, plus those of this process.
 
@@ -72,13 +82,12 @@ class Index:
     def __init__(self) -> None:
         self._packs: list[IndexedPack] = []
         self._known: set[str] = set()
-        self._records = np.empty(0, _RECORD)
-        self._prefixes = memoryview(b"").cast("Q")
+        self._sorted = _Sorted(np.empty(0, _RECORD), memoryview(b"").cast("Q"))
         self._unsorted: list[NDArray[np.void]] = []
         self._recent: dict[bytes, Location] = {}
 
     def __len__(self) -> int:
-        return len(self._records) + sum(map(len, self._unsorted)) + len(self._recent)
+        return len(self._sorted.records) + sum(map(len, self._unsorted)) + len(self._recent)
 
     @property
     def packs(self) -> set[str]:
@@ -94,7 +103,10 @@ class Index:
     def add_recent(self, footer: Footer) -> None:
         """Fold a pack that this process has just made, without sorting everything anew."""
         pack = indexed_pack(footer)
-        self._known.add(pack.name)
+        if len(self._recent) > RECENT_MAX:
+            self.sort()
+            self._recent = {}
+        self._add_rows([pack], footer_rows(footer))
         for chunk, _, offset, stored_bytes, plain_bytes, codec, _ in footer.records.tolist():
             self._recent[chunk] = Location(pack, offset, stored_bytes, plain_bytes, codec)
 
@@ -108,11 +120,11 @@ class Index:
         """Make what was added findable; call once after a series of `add`."""
         if not self._unsorted:
             return
-        merged = np.concatenate([self._records, *self._unsorted])
+        merged = np.concatenate([self._sorted.records, *self._unsorted])
         prefixes = np.frombuffer(merged["id"].tobytes(), ">u8")[::4].astype(np.uint64)
         order = np.argsort(prefixes, kind="stable")
-        self._records = merged[order]
-        self._prefixes = memoryview(prefixes[order].tobytes()).cast("Q")
+        # One assignment: threads that look up meanwhile see the old pair or the new one.
+        self._sorted = _Sorted(merged[order], memoryview(prefixes[order].tobytes()).cast("Q"))
         self._unsorted = []
 
     def get(self, chunk: bytes) -> Location | None:
@@ -126,9 +138,10 @@ class Index:
 
     def _sorted_copies(self, chunk: bytes) -> Iterator[Location]:
         prefix = int.from_bytes(chunk[:8], "big")
-        low = bisect_left(self._prefixes, prefix)
-        for number in range(bisect_right(self._prefixes, prefix, low) - 1, low - 1, -1):
-            found, pack, offset, stored_bytes, plain_bytes, codec, _ = self._records[number].item()
+        rows, prefixes = self._sorted
+        low = bisect_left(prefixes, prefix)
+        for number in range(bisect_right(prefixes, prefix, low) - 1, low - 1, -1):
+            found, pack, offset, stored_bytes, plain_bytes, codec, _ = rows[number].item()
             if found == chunk:
                 yield Location(self._packs[pack], offset, stored_bytes, plain_bytes, codec)
 

@@ -31,6 +31,7 @@ from outlast.repo.seal import Keys
 from outlast.store.base import ObjectStore
 
 ENTRY_BYTES_MAX = 256 << 20
+_STATE_BYTES_MAX = 1 << 30
 STATE_EVERY = 64
 _APPEND_TRIES = 10
 _READ_AHEAD = 256
@@ -121,8 +122,13 @@ class Log:
 
     def listed(self, after: int = 0) -> list[int]:
         """The numbers of the entries that the store lists, ascending."""
-        names = (info.name for info in self._store.list("log/", after=entry_name(after)))
-        return [int(name[4:]) for name in names if _ENTRY_NAME.fullmatch(name)]
+        found = []
+        for info in self._store.list("log/", after=entry_name(after)):
+            if _ENTRY_NAME.fullmatch(info.name):
+                if info.size_bytes > ENTRY_BYTES_MAX:
+                    raise Corrupt(f"{info.name} is far too large to be a log entry.", hint=_MISSING_HINT)
+                found.append(int(info.name[4:]))
+        return found
 
     def read_many(self, seqs: list[int]) -> Iterator[bytes | None]:
         """The stored bytes of these entries; None for one that is missing."""
@@ -213,7 +219,8 @@ class Log:
 
     def save_state(self) -> None:
         """Write `state/<seq>` when enough entries came since the last one. Failing to is no failure."""
-        if self.state.seq - self._state_seq < STATE_EVERY:
+        # Spaced by an eighth of the log, so that all states together stay in proportion to the log.
+        if self.state.seq - self._state_seq < max(STATE_EVERY, self._state_seq // 8):
             return
         name = state_name(self.state.seq)
         data = records.canonical_object(self.state)
@@ -228,6 +235,8 @@ class Log:
     def _newest_state(self) -> State | None:
         for info in sorted(self._store.list("state/"), key=lambda info: info.name, reverse=True):
             try:
+                if info.size_bytes > _STATE_BYTES_MAX:
+                    raise Corrupt(f"{info.name} is far too large to be a state.")
                 return self.read_state(info.name)
             except (Corrupt, NotFound) as exc:
                 self._sink.event(

@@ -19,7 +19,7 @@ makes names unique per upload, so a late delete never hits a later upload of the
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import numpy as np
@@ -50,8 +50,6 @@ _SPARE_BYTES = 8
 ALIGN_BYTES = 4096
 ALIGN_MIN_BYTES = 64 << 10
 CHUNK_BYTES_MAX = 32 << 20
-TAIL_GUESS_BYTES = 64 << 10
-"""Reading this much of a pack's end nearly always gets the whole footer."""
 
 
 class EncodedChunk(msgspec.Struct, frozen=True, gc=False):
@@ -78,6 +76,11 @@ class BuiltPack(msgspec.Struct, frozen=True):
     parts: list[bytes | bytearray | memoryview]
     bytes: int
     footer: Footer
+
+
+def object_name(name: str) -> str:
+    """The object that holds a pack."""
+    return f"packs/{name[:2]}/{name}"
 
 
 def build(chunks: list[EncodedChunk], keys: Keys | None, salt: bytes) -> BuiltPack:
@@ -136,8 +139,8 @@ def parse_footer(tail: bytes, name: str, size: int) -> Footer:
     if digest(table + header + struct.pack("<IIQ", count, bases, table_offset)) != hashed or hashed.hex() != name:
         raise Corrupt(f"the footer of pack {name[:16]} does not have the hash that its name promises.")
     magic, version, flags, epoch, salt = HEADER.unpack(header)
-    if magic != _MAGIC or version != 1:
-        raise Corrupt(f"pack {name[:16]} is of version {version}, which this version can't read.")
+    if magic != _MAGIC or version != 1 or flags & ~_ENCRYPTED or bases:
+        raise Corrupt(f"pack {name[:16]} is of version {version}, flags {flags}, which this version can't read.")
     records = np.frombuffer(table, RECORD, count=count)
     ends = records["offset"] + records["stored"]
     if count and (
@@ -150,6 +153,24 @@ def parse_footer(tail: bytes, name: str, size: int) -> Footer:
     ):
         raise Corrupt(f"the footer of pack {name[:16]} describes chunks outside of it.")
     return Footer(name, epoch, bool(flags & _ENCRYPTED), salt, records)
+
+
+def runs(records: NDArray[np.void]) -> Iterator[tuple[int, NDArray[np.void]]]:
+    """Neighbouring records, in runs of up to 8 MiB to read at once: (offset of the first, records)."""
+    first = 0
+    for number in range(1, len(records) + 1):
+        start = int(records[first]["offset"])
+        if number == len(records) or int(records[number]["offset"]) + int(records[number]["stored"]) - start > 8 << 20:
+            yield start, records[first:number]
+            first = number
+
+
+def are_right(data: memoryview, start: int, records: NDArray[np.void]) -> bool:
+    """Whether the bytes of a run, which begin at offset `start`, have the hashes that the records say."""
+    return all(
+        digest(data[offset - start : offset - start + stored]) == hashed
+        for _, hashed, offset, stored, _, _, _ in records.tolist()
+    )
 
 
 def gaps(footer: Footer, size: int) -> Sequence[tuple[int, int]]:

@@ -11,7 +11,8 @@ import msgspec
 from outlast import records
 from outlast.errors import Corrupt, OutlastError
 from outlast.records import ChunkRef, Entry, Snapshot
-from outlast.repo.repository import Repository, pack_name
+from outlast.repo.pack import object_name
+from outlast.repo.repository import Repository
 
 
 class Findings:
@@ -61,7 +62,7 @@ class References:
         self._good = good
         self._bad = bad
         self._pieces: dict[str, _Piece | None] = {}
-        self._footless = [pack_name(name) for name in view.state.packs if name not in good]
+        self._footless = [object_name(name) for name in view.state.packs if name not in good]
 
     def walk(self) -> None:
         for snapshot in self._view.snapshots():
@@ -138,7 +139,7 @@ class References:
         copies = self._view.index.copies(bytes.fromhex(ref[0]))
         for copy in copies:
             if copy.plain_bytes == ref[1]:
-                return [_Hurt(pack_name(copy.pack.name), path)]
+                return [_Hurt(object_name(copy.pack.name), path)]
         if copies:
             wrong = f"Chunk {ref[0][:16]} is {copies[0].plain_bytes} bytes long, not {ref[1]}."
             return [_Hurt("manifests", path, wrong)]

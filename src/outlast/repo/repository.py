@@ -30,9 +30,10 @@ from outlast.events import NULL_SINK, Event, EventSink
 from outlast.records import FORMAT_VERSION, Chunking, ChunkRef, Encryption, Entry, Format, PackRef, Snapshot
 from outlast.repo import chain, codec, pack, seal
 from outlast.repo.chain import Walk
+from outlast.repo.chunker import cutter
 from outlast.repo.index import Index, IndexedPack, Location
 from outlast.repo.log import Log, State
-from outlast.repo.pack import Footer
+from outlast.repo.pack import Footer, object_name
 from outlast.repo.read import Fetched, fetch
 from outlast.repo.seal import ChunkSealer, Keys
 from outlast.repo.write import Writer
@@ -42,17 +43,14 @@ FEATURES: list[str] = []
 """Mandatory features this version knows beyond format version 1: none yet."""
 
 PACK_BYTES = 64 << 20
+PACK_BYTES_MAX = 1 << 30
+SEGMENT_BYTES_MAX = 4 << 30
 _FORMAT_BYTES_MAX = 1 << 20
 _SLOTS_MAX = 64
 _ID_CHARACTERS_MIN = 4
 
 Secret = Callable[[], bytes]
 """Gives the passphrase when it is needed; called at most once per open."""
-
-
-def pack_name(name: str) -> str:
-    """The object that holds a pack."""
-    return f"packs/{name[:2]}/{name}"
 
 
 class Repository:
@@ -80,6 +78,7 @@ class Repository:
         self.uncovered: list[Footer] = []
         """footers of known packs that no index segment covers"""
         self._indexed = False
+        self._reads_packs = False
         self._present: dict[str, bool] = {}
         self._sealers: dict[str, ChunkSealer] = {}
         self._lock = threading.Lock()
@@ -112,26 +111,30 @@ class Repository:
             passphrase = secret()
             if not passphrase:
                 raise InvalidInput("the passphrase is empty; nothing was made.")
-            keys = seal.new_keys(repository_id, clock.random_bytes(2 * seal.KEY_BYTES))
-            slot = seal.wrap_keys(keys, passphrase, clock.random_bytes(seal.SALT_BYTES), created)
-            store.put_if_absent(f"keys/{clock.random_bytes(16).hex()}", [records.canonical_object(slot)])
         form = Format(
             magic="outlast repository",
             version=FORMAT_VERSION,
             id=repository_id.hex(),
             created=created,
             features=FEATURES,
-            chunking=chunking or Chunking(seed=int.from_bytes(clock.random_bytes(4), "big") if keys else 0),
+            chunking=chunking or Chunking(),
             compression=compression,
             pack_bytes=pack_bytes,
-            encryption=Encryption() if keys else None,
+            encryption=Encryption() if secret else None,
         )
+        _check_sizes(form)
         data = records.canonical_object(form)
+        anchor = seal.digest(data).hex()
+        if secret is not None:
+            keys = seal.new_keys(repository_id, clock.random_bytes(2 * seal.KEY_BYTES), anchor)
+            slot = seal.wrap_keys(keys, passphrase, clock.random_bytes(seal.SALT_BYTES), created)
+            store.put_if_absent(f"keys/{clock.random_bytes(16).hex()}", [records.canonical_object(slot)])
         try:
             store.put_if_absent("format", [data])
         except Exists as exc:
             raise Refused(f"{store.url} holds a repository already; nothing was changed.") from exc
-        return cls(store, form, keys, seal.digest(data).hex(), clock, sink)
+        _prove_create_if_absent(store, data)
+        return cls(store, form, keys, anchor, clock, sink)
 
     @classmethod
     def open(
@@ -177,7 +180,7 @@ class Repository:
             return
         for info in self.store.list("packs/"):
             name = info.name.rpartition("/")[2]
-            if name not in self.state.packs and info.name == pack_name(name):
+            if name not in self.state.packs and info.name == object_name(name):
                 self.state.packs[name] = PackRef(name, info.size_bytes, 0)
 
     @classmethod
@@ -199,8 +202,14 @@ class Repository:
                 )
             raise NoRepository(f"there is no repository at {store.url}.", hint="Make one with `outlast init`.")
         form = _parse_format(data, store.url)
+        anchor = seal.digest(data).hex()
         keys = _open_keys(store, form, secret) if form.encryption else None
-        return cls(store, form, keys, seal.digest(data).hex(), clock, sink)
+        if keys and keys.anchor != anchor:
+            raise Corrupt(
+                f"the object `format` of {store.url} is not the one it was made with; nothing was touched.",
+                hint="Copy `format` back from a replica: it is small and never changes.",
+            )
+        return cls(store, form, keys, anchor, clock, sink)
 
     # -- snapshots -------------------------------------------------------------------------------
 
@@ -257,6 +266,8 @@ class Repository:
             for info in self.store.list("index/"):
                 name = info.name.removeprefix("index/")
                 try:
+                    if info.size_bytes > SEGMENT_BYTES_MAX:
+                        raise Corrupt(f"{info.name} is far too large to be an index segment.")
                     self.index.add_segment(self.store.get(info.name), name, self.keys)
                 except (Corrupt, NotFound) as exc:
                     self.sink.event(
@@ -285,12 +296,12 @@ class Repository:
         try:
             return self.read_footer(ref)
         except (Corrupt, NotFound) as exc:
-            self.sink.event(Event("pack.damaged", str(exc), {"object": pack_name(ref.name)}))
+            self.sink.event(Event("pack.damaged", str(exc), {"object": object_name(ref.name)}))
             return None
 
     def read_footer(self, ref: PackRef) -> Footer:
         """The verified footer of a pack, read from its end."""
-        name = pack_name(ref.name)
+        name = object_name(ref.name)
         guess = min(ref.bytes, ref.chunks * pack.RECORD.itemsize + pack.TRAILER.size)
         [tail] = self.store.get_ranges(name, [(ref.bytes - guess, guess)])
         needed = pack.footer_bytes(tail, ref.name, ref.bytes)
@@ -323,9 +334,10 @@ class Repository:
     def _is_present(self, name: str) -> bool:
         present = self._present.get(name)
         if present is None:
-            present = self._pack_is_whole(name)
             with self._lock:
-                self._present[name] = present
+                present = self._present.get(name)
+                if present is None:
+                    present = self._present[name] = self._pack_is_whole(name)
         return present
 
     def _pack_is_whole(self, name: str) -> bool:
@@ -333,19 +345,33 @@ class Repository:
         if ref is None:
             return True  # made by this process, durable, not committed yet
         try:
-            size = self.store.stat(pack_name(name)).size_bytes
+            size = self.store.stat(object_name(name)).size_bytes
         except NotFound:
             size = -1
-        if size == ref.bytes:
+        if size == ref.bytes and not (self._reads_packs and self._is_damaged_inside(ref)):
             return True
-        found = "is missing" if size < 0 else f"has {size} bytes instead of {ref.bytes}"
+        found = (
+            "is missing" if size < 0 else "is damaged" if size == ref.bytes else f"has {size} bytes, not {ref.bytes}"
+        )
         self.sink.event(
             Event(
                 "pack.damaged",
                 f"pack {name[:16]} {found}; its chunks are stored again.",
-                {"object": pack_name(name)},
+                {"object": object_name(name)},
             )
         )
+        return False
+
+    def _is_damaged_inside(self, ref: PackRef) -> bool:
+        """Read a pack and compare each stored chunk with the footer's hash of it."""
+        try:
+            for start, rows in pack.runs(self.read_footer(ref).records):
+                end = rows[-1]["offset"] + rows[-1]["stored"]
+                [data] = self.store.get_ranges(object_name(ref.name), [(start, int(end) - start)])
+                if not pack.are_right(memoryview(data), start, rows):
+                    return True
+        except (Corrupt, NotFound):
+            return True
         return False
 
     def get_chunk(self, chunk: bytes) -> bytes | memoryview:
@@ -353,7 +379,7 @@ class Repository:
         first = self.locate(chunk)
         failure: OutlastError | None = None
         for location in [first, *(copy for copy in self.index.copies(chunk) if copy != first)]:
-            name = pack_name(location.pack.name)
+            name = object_name(location.pack.name)
             try:
                 [stored] = self.store.get_ranges(name, [(location.offset, location.stored_bytes)])
                 return self.open_chunk(chunk, location, stored)
@@ -378,9 +404,10 @@ class Repository:
             if seal.chunk_id(plain, self.keys) != chunk:
                 raise Corrupt(f"chunk {chunk.hex()[:16]} does not have the bytes that its id promises.")
         except Corrupt as exc:
+            self._present[location.pack.name] = False  # nothing new relies on a pack that has shown damage
             raise Corrupt(
                 f"pack {location.pack.name[:16]} is damaged at offset {location.offset}: {exc.message}",
-                hint=f"The object is {pack_name(location.pack.name)}. `outlast check --data all` names all affected.",
+                hint=f"The object is {object_name(location.pack.name)}. `outlast check --data all` names all affected.",
             ) from exc
         return plain
 
@@ -403,35 +430,25 @@ class Repository:
         self.load_index()
         return fetch(self, chunks, deliver, failed)
 
-    def writer(self) -> Writer:
-        """Begin storing chunks; see `Writer`."""
+    def writer(self, *, trusting: bool = True) -> Writer:
+        """Begin storing chunks; see `Writer`.
+
+        Unless `trusting`, a pack is read and verified before new work relies on it, once: chunks
+        that were damaged since are stored again.
+        """
         self.load_index()
+        if not trusting:
+            self._reads_packs = True
+            self._present.clear()
         return Writer(self)
+
+    def cutter(self) -> Callable[[bytes | memoryview, bool], list[int]]:
+        """The content-defined cutter of this repository; see `chunker.cutter`."""
+        chunking = self.format.chunking
+        return cutter(chunking, self.keys.chunking_seed if self.keys else chunking.seed)
 
 
 _entry_decoder = msgspec.json.Decoder(Entry)
-
-
-def content_reader(repository: Repository, entry: Entry) -> Callable[[int, int], bytes]:
-    """A function (offset, length) -> bytes over a file's content, fetching only the chunks it touches."""
-    layout = list(chunk_offsets(entry))
-    cache: dict[str, bytes | memoryview] = {}
-
-    def read(offset: int, length: int) -> bytes:
-        length = max(0, min(length, entry.size - offset))
-        found = bytearray(length)
-        for start, (chunk, chunk_bytes) in layout:
-            low, high = max(start, offset), min(start + chunk_bytes, offset + length)
-            if low >= high:
-                continue
-            if chunk not in cache:
-                if len(cache) >= 4:
-                    cache.pop(next(iter(cache)))
-                cache[chunk] = repository.get_chunk(bytes.fromhex(chunk))
-            found[low - offset : high - offset] = cache[chunk][low - start : high - start]
-        return bytes(found)
-
-    return read
 
 
 def chunk_offsets(entry: Entry) -> Iterator[tuple[int, ChunkRef]]:
@@ -445,6 +462,35 @@ def chunk_offsets(entry: Entry) -> Iterator[tuple[int, ChunkRef]]:
             hole_start, hole_bytes = next(holes)
         yield at, ref
         at += ref[1]
+
+
+def _check_sizes(form: Format) -> None:
+    """Refuse chunking that readers would refuse, or that would fill the memory."""
+    cut = form.chunking
+    if not (
+        512 <= cut.block_bytes <= pack.CHUNK_BYTES_MAX
+        and 64 <= cut.min_bytes <= 1 << 20
+        and 256 <= cut.avg_bytes <= 4 << 20
+        and 1024 <= cut.max_bytes <= 16 << 20
+        and cut.min_bytes < cut.avg_bytes < cut.max_bytes
+        and 1 << 10 <= form.pack_bytes <= PACK_BYTES_MAX
+    ):
+        raise InvalidInput(f"these sizes of chunks and packs are out of bounds: {cut}, pack_bytes={form.pack_bytes}.")
+
+
+def _prove_create_if_absent(store: ObjectStore, form: bytes) -> None:
+    """A store that lets a second create through would lose commits without a word: find out now.
+
+    Where it does, the new and empty repository is spoilt, which is what it would be worth.
+    """
+    try:
+        store.put_if_absent("format", [form, b"a second create must be refused"])
+    except Exists:
+        return
+    raise Refused(
+        f"{store.url} overwrites objects that should only be created once, so no repository is safe there.",
+        hint="`outlast doctor store` shows what it does. Use a store that honours `If-None-Match: *`.",
+    )
 
 
 def _get_or_none(store: ObjectStore, name: str) -> bytes | None:
@@ -474,7 +520,12 @@ def _parse_format(data: bytes, url: str) -> Format:
             f"the repository at {url} is of format {needs}; this program knows version {FORMAT_VERSION}.",
             hint="Upgrade outlast.",
         )
-    return records.parse_object(data, Format, what)
+    form = records.parse_object(data, Format, what)
+    try:
+        _check_sizes(form)
+    except InvalidInput as exc:
+        raise Corrupt(f"{what} can't be right: {exc.message}") from exc
+    return form
 
 
 def read_slot(store: ObjectStore, info: ObjectInfo) -> seal.KeySlot:

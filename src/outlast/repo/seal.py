@@ -46,11 +46,18 @@ class Keys(msgspec.Struct, frozen=True):
     repository: bytes
     id_key: bytes
     epochs: dict[int, bytes]
+    anchor: str = ""
+    """BLAKE3 of the object `format` in hex: a store that serves another one is found out"""
 
     @property
     def epoch(self) -> int:
         """The epoch that new packs and objects are sealed under."""
         return max(self.epochs)
+
+    @property
+    def chunking_seed(self) -> int:
+        """63 secret bits, so that the lengths of chunks, which the store sees, don't betray known content."""
+        return int.from_bytes(blake3.blake3(b"outlast chunking 1", key=self.id_key).digest(8), "big") >> 1
 
     def data_key(self, epoch: int) -> bytes:
         if epoch not in self.epochs:
@@ -87,9 +94,9 @@ def chunk_id(plain: bytes | memoryview, keys: Keys | None) -> bytes:
     return blake3.blake3(plain, key=keys.id_key).digest()
 
 
-def new_keys(repository: bytes, key_material: bytes) -> Keys:
+def new_keys(repository: bytes, key_material: bytes, anchor: str = "") -> Keys:
     """Keys of a new repository from 64 random bytes."""
-    return Keys(repository, key_material[:KEY_BYTES], {1: key_material[KEY_BYTES : 2 * KEY_BYTES]})
+    return Keys(repository, key_material[:KEY_BYTES], {1: key_material[KEY_BYTES : 2 * KEY_BYTES]}, anchor)
 
 
 def wrap_keys(keys: Keys, passphrase: bytes, salt: bytes, created: str) -> KeySlot:
@@ -109,6 +116,7 @@ def wrap_keys(keys: Keys, passphrase: bytes, salt: bytes, created: str) -> KeySl
             "repository": keys.repository.hex(),
             "id_key": keys.id_key.hex(),
             "epochs": {str(epoch): key.hex() for epoch, key in keys.epochs.items()},
+            "format": keys.anchor,
         }
     )
     wrapped = _aes(_passphrase_key(slot, passphrase)).encrypt(bytes(12), bundle, b"outlast key 1")
@@ -126,13 +134,14 @@ def unwrap_keys(slot: KeySlot, passphrase: bytes) -> Keys | None:
         return None
     fields = msgspec.json.decode(bundle, type=_Bundle)
     epochs = {int(epoch): bytes.fromhex(key) for epoch, key in fields.epochs.items()}
-    return Keys(bytes.fromhex(fields.repository), bytes.fromhex(fields.id_key), epochs)
+    return Keys(bytes.fromhex(fields.repository), bytes.fromhex(fields.id_key), epochs, fields.format)
 
 
 class _Bundle(msgspec.Struct):
     repository: str
     id_key: str
     epochs: dict[str, str]
+    format: str
 
 
 def _passphrase_key(slot: KeySlot, passphrase: bytes) -> bytes:
@@ -207,11 +216,6 @@ def open_object(keys: Keys, name: str, sealed: bytes) -> bytes:
         return aes.decrypt(bytes(12), sealed[_OBJECT_HEAD.size :], head + keys.repository + name.encode())
     except InvalidTag as exc:
         raise Corrupt(f"{name} fails its authentication.") from exc
-
-
-def is_sealed(data: bytes) -> bool:
-    """Whether an object begins as a sealed one does."""
-    return data[:8] == _OBJECT_MAGIC
 
 
 def _nonce(offset: int) -> bytes:

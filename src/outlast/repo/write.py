@@ -14,7 +14,6 @@ from outlast.errors import OutlastError
 from outlast.events import Event
 from outlast.records import ChunkRef, Entry, PackRef, Snapshot
 from outlast.repo import codec, log, pack, seal
-from outlast.repo.chunker import cutter
 from outlast.repo.index import build_segment, segment_name
 from outlast.repo.pack import BuiltPack, EncodedChunk, Footer
 
@@ -59,7 +58,7 @@ class Writer:
         self._lines: list[bytes] = []
         self._line_bytes = 0
         self._of_thread = threading.local()
-        self._cut = cutter(repository.format.chunking)
+        self._cut = repository.cutter()
         self.bytes_added = 0
         self.bytes_stored = 0
 
@@ -70,6 +69,8 @@ class Writer:
         if repository.knows(chunk):
             return Prepared(chunk, len(plain))
         number, encoded = self._encoder().encode(plain, item_bytes)
+        if encoded is plain and isinstance(plain, memoryview):
+            encoded = bytes(plain)  # a slice would keep all of what it was cut from in memory
         return Prepared(chunk, len(plain), number, encoded)
 
     def _encoder(self) -> codec.Encoder:
@@ -80,7 +81,11 @@ class Writer:
 
     def add(self, prepared: Prepared) -> ChunkRef:
         """Take a prepared chunk into the open pack, unless it is there or known already."""
-        if prepared.encoded is not None and prepared.id not in self._pending:
+        if (
+            prepared.encoded is not None
+            and prepared.id not in self._pending
+            and not self._repository.knows(prepared.id)  # its twin's pack may have become durable meanwhile
+        ):
             self._pending.add(prepared.id)
             self._open_pack.append(EncodedChunk(prepared.id, prepared.codec, prepared.plain_bytes, prepared.encoded))
             self._open_bytes += len(prepared.encoded) + pack.RECORD.itemsize
@@ -125,7 +130,7 @@ class Writer:
         try:
             repository = self._repository
             built = pack.build(chunks, repository.keys, repository.clock.random_bytes(seal.SALT_BYTES))
-            repository.store.put_if_absent(f"packs/{built.name[:2]}/{built.name}", built.parts)
+            repository.store.put_if_absent(pack.object_name(built.name), built.parts)
             built.parts.clear()
             return built
         finally:
@@ -154,12 +159,10 @@ class Writer:
         """Commit the packs that are durable, without a snapshot: work done so far isn't done again."""
         self._collect(wait=False)
         if self._durable:
-            packs = self._take_durable()
+            packs = msgspec.to_builtins(self._durable)
             self._repository.log.append(log.PACKS, lambda state: {"packs": packs})
-
-    def _take_durable(self) -> list[dict[str, Any]]:
-        packs, self._durable = [msgspec.to_builtins(ref) for ref in self._durable], []
-        return packs
+            self._durable.clear()
+            self._speed_up_next_open()
 
     def commit(self, snapshot: Snapshot) -> Snapshot:
         """Make everything durable and commit the snapshot: the only moment at which it comes to exist.
@@ -179,12 +182,13 @@ class Writer:
         )
         salt = self._repository.clock.random_bytes(16)
         snapshot = msgspec.structs.replace(snapshot, id=seal.digest(salt + records.canonical(snapshot))[:16].hex())
-        packs = self._take_durable()
+        packs = msgspec.to_builtins(self._durable)
 
         def body(state: State) -> dict[str, Any]:
             return {"snapshot": msgspec.to_builtins(snapshot), "packs": packs}
 
         self._repository.log.append(log.SNAPSHOT, body)
+        self._durable.clear()
         self._speed_up_next_open()
         return snapshot
 
@@ -205,6 +209,7 @@ class Writer:
         repository = self._repository
         repository.log.save_state()
         repository.uncovered.extend(self._footers)
+        self._footers.clear()
         if len(repository.uncovered) < SEGMENT_PACKS:
             return
         segment = build_segment(repository.uncovered)

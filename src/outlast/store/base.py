@@ -7,12 +7,19 @@ A store maps names to immutable byte strings.
   no reader ever sees a part of it.
 * **One winner.** Of any number of concurrent `put_if_absent` calls for one name exactly one
   succeeds; the others raise `Exists` and change nothing. A lost reply is not a lost write:
-  `Unavailable` from a put means that the caller must read back to learn the outcome.
+  `Unavailable` from a put means that the caller must read back to learn the outcome. A store that
+  finds out about a lost reply by comparing bytes succeeds on identical ones, even if another writer
+  put them there; who needs to know the winner puts random bytes into the object. (Log entries and
+  packs carry such bytes, so for them identical means ours.)
 * **Read after write.** Once a put has returned, `get`, `stat` and `list` of every client see it.
 * **Nothing hidden.** `list` yields every object with the prefix, in ascending order of name, and
   nothing else: no temporary files, no directories.
 * **Errors are ours.** Vendor errors are translated here, once: `NotFound`, `Exists`,
-  `Unavailable`, `StoreFull`, `Refused` (permission, read-only), `InvalidInput` (a bad name).
+  `Unavailable`, `StoreFull`, `Refused` (permission, read-only), `InvalidInput` (a bad name). A store
+  that is away as a whole raises `Unavailable`, never `NotFound` once it has been there.
+* **Local files.** A store whose capabilities say `memory_map` also has `local_path(name) -> str`: the
+  file that holds, or would hold, the object. It is for mapping and for learning about the file system,
+  never for writing; other stores need not have the method.
 
 The suite in `outlast.testing.conformance` states the same contract as executable checks.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -277,6 +278,14 @@ class QuotaStore(_Layer):
             return self._store.stat(name).size_bytes
         except NotFound:
             return 0
+
+
+def own_folder(store: ObjectStore) -> bytes | None:
+    """The folder that the objects of a local store are in, without symlinks; None for other stores."""
+    if not store.capabilities.memory_map:
+        return None
+    path: str = store.local_path("format")  # type: ignore[attr-defined]  # what memory_map promises
+    return os.path.realpath(os.path.dirname(os.fsencode(path)))
 
 
 def open_store(url: str, clock: Clock = SYSTEM_CLOCK) -> ObjectStore:

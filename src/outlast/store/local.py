@@ -4,6 +4,10 @@ An object is written to `<root>/tmp/<random>`, fsynced, published under its name
 system call, and then the directory that holds the name is fsynced, as are the parents of every
 directory on the way that this process has not yet seen made durable. Nothing is published before
 its bytes are durable, and no put returns before its name is.
+
+A store object that has found or made its root once stays with that directory: when it is unmounted or
+removed, every call says so, and nothing is written to whatever stands at its path afterwards. Files
+are made for their owner alone (0600, folders 0700), for they hold what may be private at its source.
 """
 
 from __future__ import annotations
@@ -61,13 +65,13 @@ class Disk:
     have happened, each entry on its own. Reads do not pass through here: they change nothing.
     """
 
-    def mkdir(self, path: str) -> None:
+    def mkdir(self, path: str, mode: int) -> None:
         """Make one directory; `FileExistsError` when the name is taken."""
-        os.mkdir(path)
+        os.mkdir(path, mode)
 
     def open_temp(self, path: str) -> int:
         """Create an empty file that did not exist and return its descriptor."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
     def write(self, fd: int, block: Buffer, offset: int) -> int:
         """Write at `offset`; returns how many bytes were taken, which may be fewer."""
@@ -130,6 +134,7 @@ class LocalStore:
         self._bounce: list[mmap.mmap] = []
         self._direct = hasattr(os, "O_DIRECT")
         self._swept = False
+        self._identity: tuple[int, int] | None = None
 
     @property
     def url(self) -> str:
@@ -163,7 +168,7 @@ class LocalStore:
 
     def stat(self, name: str) -> ObjectInfo:
         path = self.local_path(name)
-        with _translated("read", name):
+        with self._staying(), _translated("read", name):
             found = os.lstat(path)
         if not stat.S_ISREG(found.st_mode):
             raise NotFound(f"There is no object {name}.")
@@ -175,8 +180,10 @@ class LocalStore:
             start = self.local_path(folder[:-1]) if folder else self._root
         except InvalidInput:
             return  # no object can have such a name
+        self._check_root()
         if not self._is_below_link(folder):
             yield from _walk(start, folder, prefix, after)
+            self._check_root()  # a listing that broke off must not pass for a short one
 
     def _is_below_link(self, folder: str) -> bool:
         ends = (number for number, character in enumerate(folder) if character == "/")
@@ -188,6 +195,7 @@ class LocalStore:
         try:
             self._disk.unlink(path)
         except OSError as exc:
+            self._check_root()
             if exc.errno not in _ABSENT:
                 raise _translate(exc, "delete", name) from exc
 
@@ -195,6 +203,7 @@ class LocalStore:
         target = self.local_path(name)
         staging = f"{self._root}/{TEMPORARY}"
         temporary = f"{staging}/{self._clock.random_bytes(16).hex()}"
+        self._check_root()
         with _translated("write", name):
             fd = self._within(staging, lambda: self._disk.open_temp(temporary))
             moved = False
@@ -205,6 +214,7 @@ class LocalStore:
                 folder = os.path.dirname(target)
                 moved = self._within(folder, lambda: publish(fd, temporary, target))
                 self._disk.fsync_dir(folder)
+                self._check_root()
             finally:
                 # Closed last: while the descriptor is open its inode tells whether a link was ours.
                 try:
@@ -220,10 +230,44 @@ class LocalStore:
         try:
             return call()
         except FileNotFoundError:
+            self._check_root()
+            if not os.path.isdir(f"{self._root}/{TEMPORARY}"):
+                # Nobody has a reason to remove this one alone.
+                raise self._gone() from None
             with self._lock:
                 self._durable.clear()
             self._make_durable(folder)
             return call()
+
+    def _check_root(self) -> None:
+        """Raise `Unavailable` when another directory, or none, is now where the root was."""
+        try:
+            found = os.stat(self._root)
+        except OSError:
+            if self._identity is not None:
+                raise self._gone() from None
+            return  # a store that is still to be made, or whose error is told where it matters
+        if self._identity is None:
+            self._identity = found.st_dev, found.st_ino
+        elif self._identity != (found.st_dev, found.st_ino):
+            raise self._gone()
+
+    def _gone(self) -> Unavailable:
+        return Unavailable(
+            f"The folder of the store, {self.url}, was removed or unmounted; nothing was written elsewhere.",
+            hint="Mount it again, or bring it back, and run the same command again.",
+        )
+
+    @contextmanager
+    def _staying(self) -> Iterator[None]:
+        """An object that is missing because the whole store is must not pass for lost."""
+        if self._identity is None:
+            self._check_root()
+        try:
+            yield
+        except NotFound:
+            self._check_root()
+            raise
 
     def _publish_new(self, fd: int, temporary: str, target: str) -> bool:
         """Give the finished file its name unless it is taken; True when the temporary name is gone."""
@@ -291,8 +335,11 @@ class LocalStore:
             raise InvalidInput(f"{folder} is a file where a directory is needed; nothing was written.")
         if found is None:
             self._make_durable_locked(parent)
+            if folder == self._root and self._identity is not None:
+                raise self._gone()
+            private = inside or folder == self._root
             with suppress(FileExistsError):  # another process was quicker; the parent is fsynced all the same
-                self._disk.mkdir(folder)
+                self._disk.mkdir(folder, 0o700 if private else 0o777)
             self._disk.fsync_dir(parent)
         elif inside:
             self._make_durable_locked(parent)
@@ -303,6 +350,8 @@ class LocalStore:
             with suppress(PermissionError):
                 self._disk.fsync_dir(parent)
         self._durable.add(folder)
+        if folder == self._root:
+            self._check_root()
 
     def _sweep_leftovers(self, fd: int) -> None:
         """At the first put remove what killed processes left behind, by the file system's own clock."""
@@ -376,7 +425,7 @@ class LocalStore:
     @contextmanager
     def _reading(self, name: str) -> Iterator[tuple[int, int]]:
         path = self.local_path(name)
-        with _translated("read", name):
+        with self._staying(), _translated("read", name):
             # O_NONBLOCK: a pipe that somebody put there must not hang the reader.
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
