@@ -82,13 +82,29 @@ def create(
 def open(url: str, *, passphrase: Passphrase | None = None, sink: EventSink | None = None) -> Repository:  # noqa: A001
     """Open the repository at `url`. A passphrase that is a function is called only if one is needed.
 
-    Raises `NoRepository`, `WrongKey`, `Refused` (a newer format), `Corrupt` or `Unavailable`.
+    Raises `NoRepository`, `WrongKey`, `Refused` (a newer format, or a passphrase for a repository
+    that is not encrypted), `Corrupt` or `Unavailable`.
     """
     from outlast.events import NULL_SINK
     from outlast.repo.repository import Repository
     from outlast.store.layers import open_store
 
-    return Repository.open(open_store(url), secret=_secret(passphrase), sink=sink or NULL_SINK)
+    repository = Repository.open(open_store(url), secret=_secret(passphrase), sink=sink or NULL_SINK)
+    if passphrase is not None:
+        expect_encrypted(repository)
+    return repository
+
+
+def expect_encrypted(repository: Repository) -> None:
+    """Raise `Refused` for a repository that is not encrypted: whoever holds its store may have replaced it."""
+    from outlast.errors import Refused
+
+    if repository.format.encryption is None:
+        raise Refused(
+            f"the repository at {repository.store.url} is not encrypted, but a passphrase was given: if it was "
+            "encrypted, somebody replaced its format. Nothing was changed.",
+            hint="If it never was, leave the passphrase out: unset OUTLAST_PASSPHRASE, or drop the option.",
+        )
 
 
 def _secret(passphrase: Passphrase | None) -> Callable[[], bytes] | None:

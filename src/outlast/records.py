@@ -163,9 +163,11 @@ def canonical(record: msgspec.Struct) -> bytes:
     return _encoder.encode(record)
 
 
-def parse(data: bytes | memoryview, kind: type[T], what: str) -> T:
+def parse(data: bytes | memoryview, kind: type[T] | msgspec.json.Decoder[T], what: str) -> T:
     """Decode canonical bytes; `Corrupt` names `what` when they don't fit."""
     try:
+        if isinstance(kind, msgspec.json.Decoder):
+            return kind.decode(data)
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, msgspec.ValidationError, RecursionError, UnicodeDecodeError) as exc:
         raise Corrupt(f"{what} can't be read: {exc}.") from exc

@@ -234,3 +234,34 @@ def test_many_new_chunks_are_folded_away_and_found(
         repository, restore.plan(repository, repository.find_snapshot("latest"), str(tmp_path / "target"))
     )
     assert done.files == 500
+
+
+def test_files_that_lie_about_their_size_are_named(source: Path) -> None:
+    repository = Repository.create(MemoryStore())
+    report = create(repository, ["/proc/self/status", "/proc/meminfo"])
+    assert (report.files, report.unreadable) == (0, 2)
+    assert all("as its size says" in problem.reason for problem in report.problems)
+
+
+def test_an_empty_path_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="is empty"):
+        create(Repository.create(MemoryStore()), [""])
+
+
+def test_a_repository_is_not_made_among_other_files(tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "model.pt").write_text("precious")
+    with pytest.raises(Refused, match=r"is not empty \(model.pt is there\)"):
+        Repository.create(LocalStore(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "line", [b"\n", b"[]\n", b"{\n", b'{"path":"\xff","type":"file"}\n', b"[" * 100_000 + b"\n", b'{"path":NaN}\n']
+)
+def test_a_manifest_that_makes_no_sense_is_corrupt(line: bytes) -> None:
+    repository = Repository.create(MemoryStore())
+    writer = repository.writer()
+    writer._lines = [line]  # what no writer of ours writes
+    snapshot = writer.commit(records.Snapshot(id="", kind="backup", name="n", time="2026-01-01T00:00:00.000000Z"))
+    with pytest.raises(Corrupt, match="the manifest of snapshot"):
+        list(repository.entries(snapshot))

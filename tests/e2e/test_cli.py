@@ -215,8 +215,8 @@ def newer_version(shell: Shell) -> None:
     path.write_bytes(path.read_bytes().replace(b'"version":1', b'"version":9'))
 
 
-def damaged_log(shell: Shell) -> None:
-    [entry, *_] = sorted((shell.folder / "repo" / "log").iterdir())
+def damaged_log(shell: Shell, *, newest: bool = False) -> None:
+    entry = sorted((shell.folder / "repo" / "log").iterdir())[-1 if newest else 0]
     entry.chmod(0o644)
     entry.write_bytes(entry.read_bytes().replace(b'"seq"', b'"sEq"'))
 
@@ -312,14 +312,61 @@ def test_check_names_what_a_flipped_bit_costs(filled: Shell) -> None:
     assert not (filled.folder / "out").exists()
 
 
-def test_a_damaged_log_hides_nothing_that_is_still_there(filled: Shell) -> None:
+@pytest.mark.parametrize("newest", [False, True])
+def test_in_a_damaged_log_nothing_is_hidden_and_latest_is_not_guessed(filled: Shell, newest: bool) -> None:
     filled("backup", "model", "--name", "second")
-    damaged_log(filled)
-    ran = filled("snapshots", "--json")
-    assert [snapshot["name"] for snapshot in ran.json] == ["second"]
-    assert "warning" in filled("restore", "latest", "--to", "out").err
+    damaged_log(filled, newest=newest)
+    left = "tiny" if newest else "second"
+    ran = filled("snapshots", "--json", code=20)
+    [found] = ran.json
+    assert found["name"] == left
+    assert "warning" in ran.err and "newer snapshots" in ran.err
+    assert left in filled("snapshots", code=20).out
+    for arguments in (["restore", "latest", "--to", "out"], ["show", "latest"], ["diff", found["id"], "latest"]):
+        refused = filled(*arguments, "--json", code=20)
+        error = refused.json["error"]
+        assert error["kind"] == "corrupt" and "newer snapshots" in error["message"]
+        assert "outlast snapshots" in error["hint"]
+    assert not (filled.folder / "out").exists()
+    for arguments in (
+        ["restore", found["id"], "--to", "out", "--dry-run"],
+        ["restore", found["id"], "--to", "out"],
+        ["show", found["id"]],
+        ["diff", found["id"], found["id"]],
+    ):
+        ran = filled(*arguments, "--json")
+        assert "newer snapshots" in ran.err and "newer snapshots" in ran.json["warnings"][-1]
+        assert len(ran.json["warnings"]) > 1
     assert (filled.folder / "out" / "config.json").read_text() == "{}"
+    assert "warning" in filled("show", found["id"]).err
     assert not filled("check", "--json", code=20).json["ok"]
+
+
+def test_a_whole_log_gives_no_warnings(filled: Shell) -> None:
+    assert "warnings" not in filled("show", "latest", "--json").json
+
+
+def test_check_claims_only_what_it_read(filled: Shell) -> None:
+    damaged_log(filled)
+    assert "can be restored" not in filled("check", code=20).out
+    assert re.search("was not read: `outlast check --data all`", filled("check", code=20).out)
+    assert "was read only in part" in filled("check", "--data", "50%", code=20).out
+    assert "can be restored" in filled("check", "--data", "all", code=20).out
+
+
+def test_a_restore_that_leaves_something_out_is_partly_done(filled: Shell) -> None:
+    with socket.socket(socket.AF_UNIX) as endpoint:
+        here = Path.cwd()
+        os.chdir(filled.folder)
+        try:
+            endpoint.bind("model/socket")
+        finally:
+            os.chdir(here)
+        filled("backup", "model", code=3)
+    for _ in range(2):
+        ran = filled("restore", "latest", "--to", "out", "--json", code=3)
+        assert [each["path"] for each in ran.json["skipped"]] == ["socket"]
+    assert "Not as it was: socket" in filled("restore", "latest", "--to", "out", code=3).out
 
 
 def test_a_traceback_only_with_debug(filled: Shell) -> None:
@@ -351,6 +398,23 @@ def test_a_passphrase_from_each_place_opens_and_never_shows(filled: Shell) -> No
         assert PASSPHRASE not in ran.out + ran.err
     for path in (filled.folder / "sealed").rglob("*"):
         assert path.is_dir() or PASSPHRASE.encode() not in path.read_bytes()
+
+
+@pytest.mark.parametrize("command", [["backup", "model"], ["snapshots"], ["check"], ["restore", "latest", "--to", "x"]])
+def test_a_passphrase_for_a_repository_that_is_not_encrypted_is_refused(filled: Shell, command: list[str]) -> None:
+    secret = filled.folder / "secret"
+    secret.write_text(PASSPHRASE)
+    before = sorted((filled.folder / "repo").rglob("*"))
+    runs = [
+        filled(*command, "--json", "--passphrase-file", "secret", code=21),
+        filled(*command, "--json", "--passphrase-command", "cat secret", code=21),
+        filled(*command, "--json", code=21, OUTLAST_PASSPHRASE=PASSPHRASE),
+    ]
+    for ran in runs:
+        error = ran.json["error"]
+        assert error["kind"] == "refused" and "not encrypted, but a passphrase was given" in error["message"]
+        assert "unset" in error["hint"]
+    assert sorted((filled.folder / "repo").rglob("*")) == before
 
 
 def at_terminal(shell: Shell, arguments: Sequence[str], answers: Sequence[str]) -> tuple[int, str]:
@@ -386,6 +450,10 @@ def test_a_terminal_is_asked_for_the_passphrase_and_shows_nothing_of_it(shell: S
     assert code == 0, more
     assert "No snapshots" in more
     assert PASSPHRASE not in screen + more
+    plain = str(shell.folder / "plain")
+    shell("init", "--repo", plain)
+    code, screen = at_terminal(shell, ["snapshots", "--repo", plain], [])
+    assert (code, "No snapshots" in screen) == (0, True), "that it could be asked is no passphrase given"
 
 
 # -- signals and closed outputs ----------------------------------------------------------------------
@@ -485,6 +553,10 @@ def test_the_same_job_from_python(tmp_path: Path) -> None:
     outlast.create(str(tmp_path / "repo"), passphrase=PASSPHRASE)
     with pytest.raises(outlast.OutlastError):
         outlast.open(str(tmp_path / "repo"), passphrase="wrong")
+    outlast.create(str(tmp_path / "plain"))
+    for given in (PASSPHRASE, PASSPHRASE.encode):
+        with pytest.raises(outlast.OutlastError, match="not encrypted, but a passphrase was given"):
+            outlast.open(str(tmp_path / "plain"), passphrase=given)
     repository = outlast.open(str(tmp_path / "repo"), passphrase=lambda: PASSPHRASE.encode())
     report = outlast.back_up(repository, [str(tmp_path / "data")])
     snapshot = repository.find_snapshot(report.snapshot)

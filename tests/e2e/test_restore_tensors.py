@@ -125,6 +125,22 @@ def test_an_existing_file_is_kept_unless_overwritten(
     assert len(os.listdir(tmp_path)) == 4
 
 
+@pytest.mark.parametrize(("modes", "mode"), [([0o600], 0o600), ([0o644], 0o644), ([0o664, 0o640], 0o640), ([0], 0o600)])
+def test_nobody_may_read_a_tensor_who_may_not_read_its_file(
+    repository: Repository, source: Path, tmp_path: Path, modes: list[int], mode: int
+) -> None:
+    for number, each in enumerate(modes):
+        save_file({f"w{number}": torch.full((9,), number)}, source / f"{number}.safetensors")
+        (source / f"{number}.safetensors").chmod(each)
+    snapshot = back_up(repository, source)
+    mask = os.umask(0)
+    try:
+        restore_tensors(repository, snapshot, ["*"], os.fsencode(tmp_path / "x.safetensors"))
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == mode
+
+
 def test_columns_first_arrays_come_back_in_rows(repository: Repository, source: Path, tmp_path: Path) -> None:
     array = np.asfortranarray(np.arange(6000, dtype=np.int32).reshape(60, 100))
     np.save(source / "a.npy", array)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+import subprocess
+import sys
 import tempfile
 import tracemalloc
 import zipfile
@@ -20,7 +22,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from outlast.repo import formats
+from outlast.repo import formats, torchfile, torchpickle
 from outlast.repo.formats import ReadAt
 
 MEMORY_BYTES_MAX = 50 << 20
@@ -237,6 +239,94 @@ def test_small_files_that_ask_for_much(name: str) -> None:
     finally:
         tracemalloc.stop()
     assert peak < MEMORY_BYTES_MAX
+
+
+MEASURED = """
+import os, sys
+from outlast.repo import formats
+
+def status(field):
+    with open("/proc/self/status") as file:
+        return int(file.read().split(field + ":")[1].split()[0]) << 10
+
+fd = os.open(sys.argv[1], os.O_RDONLY)
+size = os.fstat(fd).st_size
+read = lambda offset, length: os.pread(fd, length, offset)
+before = status("VmRSS")
+formats.spans(read, size)
+formats.tensors(read, size)
+print(status("VmHWM") - before)
+"""
+MEASURED_BYTES_MAX = 150 << 20
+
+
+def header(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def many_members(count: int) -> bytes:
+    """One archive of `count` storages of a byte, made by hand since `zipfile` takes its time."""
+    content, directory = bytearray(), bytearray()
+    for name, data in [(b"m/data.pkl", b"N."), *((b"m/data/%x" % at, b"x") for at in range(count))]:
+        fields = (0, 0, 0, 0, 0, len(data), len(data), len(name))
+        fixed = struct.pack("<4s6H3L5H2L", b"PK\x01\x02", 0, *fields, 0, 0, 0, 0, 0, len(content))
+        directory += fixed + name
+        content += struct.pack("<4s5H3L2H", b"PK\x03\x04", *fields, 0) + name + data
+    start, length = len(content), len(directory)
+    end = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 30, 45, 0, 0, count + 1, count + 1, length, start)
+    end += struct.pack("<4sLQL", b"PK\x06\x07", 0, start + length, 1) + b"PK\x05\x06" + bytes(18)
+    return bytes(content + directory) + end
+
+
+GREEDY: dict[str, Callable[[], bytes]] = {
+    "keys": lambda: header(b"{" + b",".join(b'"%x":0' % at for at in range(4_000_000)) + b"}"),
+    "fewer keys": lambda: header(b"{" + b",".join(b'"%x":0' % at for at in range(520_000)) + b"}"),
+    "escaped": lambda: header(
+        b"{" + b",".join(b'"%x":{"data\\u005foffsets":[0,0]}' % at for at in range(1_500_000)) + b"}"
+    ),
+    "shape": lambda: header(b'{"a":{"shape":[' + b",".join(b"1%018d" % at for at in range(4_000_000)) + b"]}}"),
+    "dicts": lambda: archive(b"\x80\x02" + b"}" * 8_000_000 + b"."),
+    "one tensor": lambda: archive(b"\x80\x02" + pickle_of_tensor() + b"q\0(" + b"h\0" * 8_000_000 + b"l."),
+    "members": lambda: many_members(400_000),
+    "archives": lambda: many_members(4) * 60_000,
+}
+
+
+@pytest.mark.parametrize("name", list(GREEDY))
+def test_large_files_that_ask_for_much(tmp_path: Path, name: str) -> None:
+    """The memory of the process, decoders in C included."""
+    (tmp_path / "greedy").write_bytes(GREEDY[name]())
+    command = [sys.executable, "-c", MEASURED, str(tmp_path / "greedy")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < MEASURED_BYTES_MAX
+
+
+def test_chained_archives_share_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file with too many operations the storages are still known; with too many members it is opaque."""
+    one = archive(b"\x80\x02" + b"N0" * 1500 + pickle_of_tensor() + b".")
+
+    def examined(content: bytes) -> tuple[list[int] | None, int | None]:
+        def read(offset: int, length: int) -> bytes:
+            return content[offset : offset + length]
+
+        spans, tensors = formats.spans(read, len(content)), formats.tensors(read, len(content))
+        return spans and [each.item_bytes for each in spans], tensors and len(tensors)
+
+    assert examined(one * 4) == ([4, 4, 4, 4], 4)
+    monkeypatch.setattr(torchpickle, "_STEPS_MAX", 7000)
+    assert examined(one * 2) == ([4, 4], 2)
+    assert examined(one * 4) == ([4, 4, 0, 0], None)
+    monkeypatch.undo()
+    monkeypatch.setattr(torchfile, "_MEMBERS_MAX", 4)
+    assert examined(one * 2) == ([4, 4], 2)
+    assert examined(one * 3) == (None, None)
+
+
+def test_the_walk_of_a_structure_has_a_budget() -> None:
+    """Half a million lists, eight times over: small to write, long to visit."""
+    lists = b"]q\0" + b"0(" + b"h\0" * 500_000 + b"lq\x01(" + b"h\x01" * 8 + b"l"
+    content = archive(b"\x80\x02" + lists + b".")
+    assert formats.tensors(lambda offset, length: content[offset : offset + length], len(content)) is None
 
 
 def virtual(pieces: dict[int, bytes], size: int) -> ReadAt:

@@ -11,9 +11,11 @@ from safetensors.torch import save
 
 from outlast.backup.inspect import FileView, diff, show
 from outlast.clock import ManualClock
+from outlast.errors import Corrupt
 from outlast.records import ChunkRef, Entry, Snapshot, path_order, path_text, time_text
 from outlast.repo import formats
 from outlast.repo.chunker import cutter, pieces
+from outlast.repo.content import Content, RecentChunks
 from outlast.repo.pack import object_name
 from outlast.repo.repository import Repository
 from outlast.store.memory import MemoryStore
@@ -207,3 +209,24 @@ def test_holes_are_compared_without_reading_them(repository: Repository) -> None
     report = diff(repository, before, after)
     assert [(each.what, each.bytes_changed) for each in report.files.changed] == [(["content"], 0)]
     assert report.problems == []
+
+
+def test_content_is_read_at_any_offset_over_chunks_and_holes(repository: Repository) -> None:
+    writer = repository.writer()
+    chunks = [writer.add(writer.prepare(bytes([65 + number]) * (number + 1), 1)) for number in range(12)]
+    plain = b"".join(bytes([65 + number]) * (number + 1) for number in range(12))
+    plain = bytes(5) + plain[:1] + bytes(7) + plain[1:] + bytes(3)
+    entry = Entry("a", "file", size=len(plain), chunks=chunks, holes=[(0, 5), (6, 7), (len(plain) - 3, 3)])
+    writer.add_entry(entry)
+    writer.commit(Snapshot("", "backup", "test", time_text(repository.clock.now_ns())))
+    recent = RecentChunks(repository)
+    content = Content(entry, recent.get)
+    for offset in range(len(plain) + 2):
+        for length in (0, 1, 2, 9, 40, 200):
+            assert content.read(offset, length) == plain[offset : offset + length]
+    before = recent.bytes_fetched
+    assert content.read(60, 1) == content.read(60, 1) == plain[60:61]
+    assert recent.bytes_fetched - before <= 12, "a chunk is fetched once"
+    short = Entry("b", "file", size=3, chunks=[(chunks[3][0], 3)])
+    with pytest.raises(Corrupt, match="has 4 bytes, not 3"):
+        Content(short, recent.get).read(0, 3)

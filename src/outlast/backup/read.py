@@ -167,8 +167,10 @@ class FileReader:
                 os.close(fd)
         except OSError as exc:
             return _unreadable(found, exc)
-        if len(content) != before.st_size or not _same(before, after):
+        if not _same(before, after):
             return None
+        if len(content) != before.st_size:
+            return _lying(found)
         return _Small(after, self._writer.prepare(content) if content else None)
 
     def _finish_batch(self, batch: list[Found], future: Future[list[_Small | Reading | None]]) -> Iterator[Reading]:
@@ -260,7 +262,10 @@ class FileReader:
                 while window:
                     file.chunks.append(self._writer.add(window.popleft().result()))
                 after = os.fstat(file.fd)
+                longer = os.pread(file.fd, 1, file.status.st_size)
             except _ChangedError:
+                if _same(file.status, os.fstat(file.fd)):
+                    return _lying(found)
                 reading = _unreadable(found, OSError(errno.EIO, "it shrinks each time it is read"))
                 continue
             except OSError as exc:
@@ -270,7 +275,7 @@ class FileReader:
                 os.close(file.fd)
             entry = _file_entry(found, file.status, file.chunks, file.holes)
             if _same(file.status, after):
-                return Reading(entry)
+                return _lying(found) if longer else Reading(entry)
             reading = Reading(msgspec.structs.replace(entry, unstable=True))
         return reading
 
@@ -346,6 +351,11 @@ def _unreadable(found: Found, exc: OSError) -> Reading:
         return Reading(None)
     reason = exc.strerror or str(exc)
     return Reading(Entry(path=records.path_text(found.path), type="unreadable", reason=reason))
+
+
+def _lying(found: Found) -> Reading:
+    """As in /proc: what can be read is not as long as the file system says."""
+    return _unreadable(found, OSError(errno.EIO, "it does not hold as many bytes as its size says"))
 
 
 def _file_entry(found: Found, status: os.stat_result, chunks: list[ChunkRef], holes: list[Hole]) -> Entry:

@@ -30,6 +30,7 @@ from outlast.backup.restore_plan import (
     kept_name,
     plan,
     shown,
+    why_without_content,
 )
 from outlast.backup.staging import Staging
 from outlast.errors import Busy, Corrupt, OutlastError, Refused, StoreFull, Unavailable
@@ -227,11 +228,14 @@ def _named(target: bytes, journal: _Journal) -> tuple[bytes, bytes] | None:
 
 
 def _without_content(repository: Repository, plan: RestorePlan) -> dict[bytes, str]:
-    return {
-        raw: f"it could not be read when it was backed up: {entry.reason}"
-        for raw, entry in plan.entries(repository)
-        if entry.type == "unreadable"
-    }
+    """What of the snapshot is not in a target that is otherwise right, and why."""
+    found: dict[bytes, str] = {}
+    for raw, entry in plan.entries(repository):
+        if entry.type == "unreadable":
+            found[raw] = why_without_content(entry)
+        elif entry.type == "hardlink" and entry.raw_target in found:
+            found[raw] = f"it is one file with {entry.target}: {found[entry.raw_target]}"
+    return found
 
 
 def _put_away(old: bytes, kept_as: bytes) -> bytes:

@@ -114,7 +114,7 @@ def kept_name(path: bytes, stamp: str) -> bytes:
 def is_kept_name(path: bytes, kept: bytes) -> bool:
     """Whether `kept_name` could have given `kept` for this path, at some time."""
     folder, _, name = path.rpartition(b"/")
-    ending = re.search(rb"\.before-\d{8}T\d{6}Z(-\d{1,6})?$", kept)
+    ending = re.search(rb"\.before-\d{8}T\d{6}Z(-\d{1,6})?\Z", kept)
     if ending is None:
         return False
     return kept == folder + b"/" + name[: _NAME_BYTES_MAX - len(ending[0])] + ending[0]
@@ -317,6 +317,11 @@ def checked(repository: Repository, snapshot: Snapshot) -> Iterator[Selected]:
         ):
             raise _bad(snapshot, entry, f"is linked to {entry.target!r}, which is not an earlier file")
         yield raw, entry
+
+
+def why_without_content(entry: Entry) -> str:
+    """What a restore says about an entry of the type `unreadable`."""
+    return f"it could not be read when it was backed up: {entry.reason}"
 
 
 def is_safe(raw: bytes) -> bool:

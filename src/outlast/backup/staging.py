@@ -8,7 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from outlast.backup.folder import Folder, Metadata, begin_writeback
-from outlast.backup.restore_plan import RestorePlan, Selected
+from outlast.backup.restore_plan import RestorePlan, Selected, why_without_content
 from outlast.backup.verify import Place, holes_are_zero, wrong_places
 from outlast.clock import Clock
 from outlast.errors import Corrupt, OutlastError
@@ -81,7 +81,6 @@ class Staging:
         self._resumed = resumed
         self._folders: list[Selected] = []
         self._links: list[Selected] = []
-        self._unreadable: dict[bytes, Entry] = {}
         self._open: list[tuple[bytes, set[bytes]]] = [(b"", set())]
         self._wanted: dict[bytes, list[tuple[_File, int, int]]] = {}
         self._lock = threading.Lock()
@@ -104,8 +103,7 @@ class Staging:
                 self._folder.make_folder(raw)
                 self._folders.append((raw, entry))
             elif entry.type == "unreadable":
-                self._unreadable[raw] = entry
-                self.skipped[raw] = f"it could not be read when it was backed up: {entry.reason}"
+                self.skipped[raw] = why_without_content(entry)
             elif raw in self._plan.right:
                 self.meter.add(entry.size, 1)
             elif entry.type == "file":
@@ -130,7 +128,7 @@ class Staging:
         for raw, entry in self._links:
             first = entry.raw_target
             if first in self.skipped:
-                self.skipped[raw] = f"it is one file with {entry.target}, which was left out: {self.skipped[first]}"
+                self.skipped[raw] = f"it is one file with {entry.target}: {self.skipped[first]}"
             elif first not in linked and not self._is_file(first):
                 what = f"it is a hard link to {entry.target}, which is not a file of the snapshot."
                 self.lost[entry.path] = Corrupt(what, hint="`outlast check` tells whether the snapshot is damaged.")
@@ -177,7 +175,7 @@ class Staging:
     def _carry_over(self) -> None:
         """Take along what the snapshot says was there but has no content for: else nobody would have it."""
         assert self._old is not None
-        for raw in self._unreadable:
+        for raw in self.skipped:
             if self._old.status(raw) is None:
                 continue
             try:

@@ -41,6 +41,8 @@ def roots(sources: Sequence[bytes]) -> tuple[list[Root], list[tuple[bytes, OSErr
     found: list[Root] = []
     missing: list[tuple[bytes, OSError]] = []
     for source in sources:
+        if not source:
+            raise InvalidInput("one of the paths to back up is empty; nothing was backed up.")
         location = os.path.realpath(source)
         try:
             status = os.stat(location)

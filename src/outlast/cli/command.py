@@ -6,19 +6,22 @@ import errno
 import inspect
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache, partial
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
 
 import typer
 
 from outlast.cli.output import Failure, JsonPrinter, OutputClosed, Printer, TextPrinter
-from outlast.cli.passphrase import Secret, known_secret
+from outlast.cli.passphrase import Secret, is_given, known_secret
 from outlast.clock import SYSTEM_CLOCK
-from outlast.errors import Cancelled, Corrupt, InvalidInput, OutlastError, StoreFull, Unavailable
+from outlast.errors import Cancelled, Corrupt, InvalidInput, OutlastError, StoreFull, Unavailable, WrongKey
 
 if TYPE_CHECKING:
+    from outlast.records import Snapshot
+    from outlast.repo.check import CheckReport
     from outlast.repo.repository import Repository
     from outlast.store.base import ObjectStore
 
@@ -28,11 +31,13 @@ CORRUPT = 20
 TERMINATED = 128 + signal.SIGTERM
 CLOSED = 128 + signal.SIGPIPE
 
+_MAY_LACK = "newer snapshots than those listed may exist that can't be read"
+
 CODES = {
     0: "done",
     1: "failed",
     2: "wrong usage",
-    3: "partly done: the snapshot exists, some of the source is not in it",
+    3: "partly done: what was left out is named",
     10: "no repository",
     11: "busy",
     12: "wrong key",
@@ -95,6 +100,8 @@ class Call:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.printer: Printer = make_printer(options)
+        self.warnings: list[str] = []
+        """what makes the result less than the truth; it is in JSON objects too"""
 
     def store(self) -> ObjectStore:
         """The store of `--repo`. Raises `InvalidInput` when none is named."""
@@ -117,17 +124,66 @@ class Call:
         """The open repository, which reports to the printer."""
         from outlast.repo.repository import Repository
 
-        return Repository.open(self.store(), secret=self.secret(), sink=self.printer)
+        return self._expected(Repository.open(self.store(), secret=self.secret(), sink=self.printer))
 
     def readable_repository(self) -> Repository:
-        """The repository for reading only: where its log is damaged, with what is still there."""
+        """The repository for reading only: where its log is damaged, with what is still there.
+
+        That there is damage is told on standard error and kept in `warnings`.
+        """
+        from outlast.events import ListSink
         from outlast.repo.repository import Repository
 
         store, secret = self.store(), self.secret()
         try:
-            return Repository.open(store, secret=secret, sink=self.printer)
+            return self._expected(Repository.open(store, secret=secret, sink=self.printer))
         except Corrupt:
-            return Repository.open_damaged(store, secret=secret, sink=self.printer)
+            told = ListSink()
+            repository = self._expected(Repository.open_damaged(store, secret=secret, sink=told))
+        repository.sink = self.printer
+        for event in told.events:
+            self.printer.event(event)
+        damage = [event.reason for event in told.events if event.kind == "log.damaged"]
+        self.warnings = [*damage, f"the log of {store.url} is damaged: {_MAY_LACK}."]
+        self.printer.warn(self.warnings[-1])
+        return repository
+
+    def snapshot(self, repository: Repository, reference: str, name: str | None = None) -> Snapshot:
+        """The snapshot that the user named. Raises `Corrupt` for `latest` where newer ones may be lost."""
+        if reference == "latest" and self.warnings:
+            raise Corrupt(
+                f"the log of {repository.store.url} is damaged: {_MAY_LACK}, so `latest` can't be told. "
+                "Nothing was changed.",
+                hint="`outlast snapshots` lists those that can be read; name one of them by its id.",
+            )
+        return repository.find_snapshot(reference, name)
+
+    def result(self, document: dict[str, Any], lines: Iterable[str], *, always: bool = False) -> None:
+        """Print the result, in JSON with the warnings if there are any."""
+        warned = {**document, "warnings": self.warnings} if self.warnings else document
+        self.printer.result(warned, lines, always=always)
+
+    def check(self, data: Literal["all", "none"] | float) -> CheckReport:
+        """Check the repository, however damaged it is."""
+        from outlast.repo.check import open_and_check
+        from outlast.repo.repository import Repository
+
+        store, secret = self.store(), self.secret()
+        if self._is_secret_given():
+            with suppress(WrongKey):  # it is encrypted, as it should be, and is opened just below
+                self._expected(Repository.connect(store))
+        return open_and_check(store, secret=secret, data=data, sink=self.printer)
+
+    def _expected(self, repository: Repository) -> Repository:
+        from outlast import expect_encrypted
+
+        if self._is_secret_given():
+            expect_encrypted(repository)
+        return repository
+
+    def _is_secret_given(self) -> bool:
+        """Whether the user named a passphrase; that a terminal could be asked for one doesn't count."""
+        return is_given(self.options.passphrase_file, self.options.passphrase_command)
 
 
 def make_printer(options: Options) -> Printer:

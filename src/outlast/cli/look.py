@@ -47,7 +47,7 @@ def show(
     from outlast.backup import inspect
 
     repository = call.readable_repository()
-    chosen = repository.find_snapshot(snapshot)
+    chosen = call.snapshot(repository, snapshot)
     views = inspect.show(repository, chosen, _below(os.fsencode(path)) if path else lambda entry: True)
     first = next(views, None)
     if path and first is None:
@@ -60,7 +60,7 @@ def show(
     document = snapshot_document(chosen)
     document["file_count"] = document.pop("files")
     document["files"] = map(_view_document, found)
-    call.printer.result(document, _show_lines(chosen, found, whole=path is not None), always=True)
+    call.result(document, _show_lines(chosen, found, whole=path is not None), always=True)
     return CORRUPT if damaged else 0
 
 
@@ -176,9 +176,9 @@ def diff(
     from outlast.backup import inspect
 
     repository = call.readable_repository()
-    old, new = repository.find_snapshot(before), repository.find_snapshot(after)
+    old, new = call.snapshot(repository, before), call.snapshot(repository, after)
     report = inspect.diff(repository, old, new)
-    call.printer.result(msgspec.to_builtins(report), _diff_lines(report), always=True)
+    call.result(msgspec.to_builtins(report), _diff_lines(report), always=True)
     return CORRUPT if report.problems else 0
 
 

@@ -57,7 +57,7 @@ add_command(app, look.diff, codes=(10, 12, 20, 21))
 add_command(
     app,
     protect.restore,
-    codes=(10, 12, 20, 21),
+    codes=(3, 10, 11, 12, 20, 21),
     when_stopped="Every file at the target is whole, as it was or as restored; the same command goes on from here.",
 )
 add_command(app, protect.check, codes=(10, 12, 20, 21))

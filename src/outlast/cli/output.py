@@ -65,6 +65,10 @@ class Printer(Protocol):
         """
         ...
 
+    def warn(self, text: str) -> None:
+        """On standard error, in every form: what makes the result less than it seems."""
+        ...
+
     def failure(self, failure: Failure) -> None: ...
 
     def trace(self, error: BaseException) -> None:
@@ -95,6 +99,10 @@ class TextPrinter:
                 self._tell(f"outlast: warning: {printable(event.reason)}")
             elif self._warned == _WARNINGS_MAX + 1:
                 self._tell("outlast: warning: there are more such warnings; --json lists more of them.")
+
+    def warn(self, text: str) -> None:
+        with self._lock:
+            self._tell(f"outlast: warning: {printable(text)}")
 
     def progress(self, progress: Progress) -> None:
         if not self.wants_progress:
@@ -162,6 +170,9 @@ class JsonPrinter:
     def event(self, event: Event) -> None:
         fields = {"kind": event.kind, "reason": event.reason, **event.fields}
         self._line({"event": fields})
+
+    def warn(self, text: str) -> None:
+        _write_error(f"outlast: warning: {printable(text)}")
 
     def progress(self, progress: Progress) -> None:
         if not self._lines:

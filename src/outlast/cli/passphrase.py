@@ -24,6 +24,11 @@ def known_secret(file: str | None, command: str | None) -> Secret | None:
     return secret
 
 
+def is_given(file: str | None, command: str | None) -> bool:
+    """Whether there is a passphrase without asking for one."""
+    return file is not None or command is not None or VARIABLE in os.environ
+
+
 def new_secret(file: str | None, command: str | None) -> Secret:
     """The passphrase for a new repository; typed twice when it is typed."""
     secret = _given(file, command) or (_ask_twice if _at_terminal() else None)

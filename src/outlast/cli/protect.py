@@ -121,7 +121,7 @@ def snapshots(
     call: Call,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Only those of this name.")] = None,
     tag: Tags = None,
-) -> None:
+) -> int:
     """List the snapshots, oldest first."""
     tags = _tags(tag)
     found = [
@@ -130,6 +130,7 @@ def snapshots(
         if (name is None or snapshot.name == name) and tags.items() <= snapshot.tags.items()
     ]
     call.printer.result([snapshot_document(each) for each in found], _snapshot_lines(found), always=True)
+    return CORRUPT if call.warnings else 0
 
 
 def _snapshot_lines(found: list[Snapshot]) -> Iterator[str]:
@@ -189,7 +190,7 @@ def restore(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Don't keep what is replaced as DIR.before-<time>.")
     ] = False,
-) -> None:
+) -> int:
     """Bring a snapshot back, every chunk verified. The target changes at one instant, at the end."""
     import msgspec
 
@@ -199,17 +200,18 @@ def restore(
     if tensor and dry_run:
         raise InvalidInput("--dry-run does not go with --tensor; nothing was done.", hint="Leave one of them out.")
     repository = call.readable_repository()
-    chosen = repository.find_snapshot(snapshot, name)
+    chosen = call.snapshot(repository, snapshot, name)
     target = os.fsencode(to)
     if tensor:
         report = restore_tensors(repository, chosen, tensor, target, include=include or (), overwrite=overwrite)
     else:
         planned = plan(repository, chosen, target, include=include or (), overwrite=overwrite)
         if dry_run:
-            call.printer.result(_plan_document(planned), _plan_lines(planned), always=True)
-            return
+            call.result(_plan_document(planned), _plan_lines(planned), always=True)
+            return 0
         report = execute(repository, planned)
-    call.printer.result(msgspec.to_builtins(report), _restore_lines(report, to))
+    call.result(msgspec.to_builtins(report), _restore_lines(report, to))
+    return PARTLY_DONE if report.skipped else 0
 
 
 def _restore_lines(report: RestoreReport, to: str) -> Iterator[str]:
@@ -273,15 +275,13 @@ def check(
     """Verify the repository, and name what is damaged and which snapshots and files need it."""
     import msgspec
 
-    from outlast.repo.check import open_and_check
-
     share = _share(data)
-    report = open_and_check(call.store(), secret=call.secret(), data=share, sink=call.printer)
-    call.printer.result(msgspec.to_builtins(report), _check_lines(report, data), always=not report.ok)
+    report = call.check(share)
+    call.printer.result(msgspec.to_builtins(report), _check_lines(report, share), always=not report.ok)
     return 0 if report.ok else CORRUPT
 
 
-def _check_lines(report: CheckReport, data: str) -> Iterator[str]:
+def _check_lines(report: CheckReport, share: Literal["all", "none"] | float) -> Iterator[str]:
     for damage in report.damaged:
         yield f"Damaged: {printable(damage.object)}: {printable(damage.problem)}"
         if damage.snapshots:
@@ -294,11 +294,13 @@ def _check_lines(report: CheckReport, data: str) -> Iterator[str]:
     )
     if not report.ok:
         yield f"{count_text(len(report.damaged), 'object')} damaged. Checked {what}."
+    else:
+        yield f"No damage found. Checked {what}."
+    if share not in ("all", 1.0):
+        unread = "was not read" if share == "none" else "was read only in part"
+        yield f"The stored data itself {unread}: `outlast check --data all` reads every byte."
+    elif not report.ok:
         yield "Everything not named above is whole and can be restored."
-        return
-    yield f"No damage found. Checked {what}."
-    if data == "none":
-        yield "The stored data itself was not read: `outlast check --data all` reads every byte."
 
 
 def _some(items: list[str]) -> str:

@@ -11,9 +11,10 @@ import msgspec
 from outlast.errors import Corrupt, NotFound
 from outlast.records import LogEntry
 from outlast.repo import seal
-from outlast.repo.log import Log, State, entry_name, state_name
+from outlast.repo.log import ENTRY_BYTES_MAX, Log, State, entry_name, state_name
 from outlast.store.base import ObjectStore
 
+STATE_BYTES_MAX = 1 << 30
 _DERIVED = "it is derived from the log and its loss costs nothing: delete it"
 
 
@@ -48,8 +49,8 @@ def walk(store: ObjectStore, log: Log) -> Walk:
     the one after it to this one. A state object that is whole stands in for lost entries before it.
     """
     found = Walk(State(0, log.anchor), [])
-    links = _read_links(log)
-    states = {info.name for info in store.list("state/")}
+    links = _read_links(store, log)
+    states = {info.name: info.size_bytes for info in store.list("state/")}
     before: _Link | None = _Link(0, log.anchor)
     for number, link in enumerate(links):
         after = links[number + 1] if number + 1 < len(links) else None
@@ -62,16 +63,24 @@ def walk(store: ObjectStore, log: Log) -> Walk:
             found.damage.append(LogDamage(entry_name(link.seq), problem))
             found.lost = True
         if state_name(link.seq) in states:
-            states.remove(state_name(link.seq))
-            _compare_state(log, state_name(link.seq), found)
+            name = state_name(link.seq)
+            _compare_state(log, name, states.pop(name), found)
         before = link
     found.damage += [LogDamage(name, f"it belongs to no entry of the log; {_DERIVED}.") for name in sorted(states)]
     return found
 
 
-def _read_links(log: Log) -> list[_Link]:
-    listed = log.listed()
-    links = []
+def _read_links(store: ObjectStore, log: Log) -> list[_Link]:
+    """Every listed entry; one that is too large to be one is not read."""
+    listed, links = [], []
+    for info in store.list("log/"):
+        number = info.name.removeprefix("log/")
+        if not (number.isdigit() and info.name == entry_name(int(number)) and int(number)):
+            continue
+        if info.size_bytes <= ENTRY_BYTES_MAX:
+            listed.append(int(number))
+        else:
+            links.append(_Link(int(number), problem=f"{info.name} is far too large to be a log entry."))
     for seq, data in zip(listed, log.read_many(listed), strict=True):
         if data is None:
             continue  # it went away since it was listed: a gap
@@ -81,7 +90,7 @@ def _read_links(log: Log) -> list[_Link]:
         except Corrupt as exc:
             link.problem = exc.message
         links.append(link)
-    return links
+    return sorted(links, key=lambda link: link.seq)
 
 
 def _note_gap(found: Walk, first: int, last: int) -> None:
@@ -114,8 +123,10 @@ def _problem(link: _Link, before: _Link | None, after: _Link | None, found: Walk
     return ""
 
 
-def _compare_state(log: Log, name: str, found: Walk) -> None:
+def _compare_state(log: Log, name: str, size_bytes: int, found: Walk) -> None:
     try:
+        if size_bytes > STATE_BYTES_MAX:
+            raise Corrupt(f"{name} is far too large to be a state.")
         state = log.read_state(name)
     except (Corrupt, NotFound) as exc:
         found.damage.append(LogDamage(name, f"{exc.message} It can't be used, but {_DERIVED}."))

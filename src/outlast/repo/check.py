@@ -27,12 +27,12 @@ from outlast.repo import chain, pack, seal
 from outlast.repo.index import Index, footer_rows, indexed_pack, read_segment
 from outlast.repo.pack import Footer, object_name
 from outlast.repo.references import Findings, References
-from outlast.repo.repository import Repository, Secret, read_slot
+from outlast.repo.repository import SEGMENT_BYTES_MAX, Repository, Secret, read_slot
 from outlast.store.base import ObjectStore
 
 RANGE_BYTES = 8 << 20
-FILES_MAX = 100
 _PROGRESS_SECONDS = 0.1
+_FORMAT_BYTES_MAX = 1 << 20
 _DERIVED = "It is derived from the packs and costs nothing: delete it, and it is made again when it is due."
 
 Data = Literal["all", "none"] | float
@@ -145,15 +145,17 @@ class _Check:
     def _damage(self, name: str) -> Damage:
         findings = self._findings
         problem = " ".join(findings.problems[name])
-        files = sorted(findings.files.get(name, ()))
-        if len(files) > FILES_MAX:
-            problem += f" {len(files)} files are affected; the first {FILES_MAX} are listed."
-        return Damage(name, problem, list(findings.snapshots.get(name, ())), files[:FILES_MAX])
+        files, count = findings.files(name)
+        if count:
+            problem += f" About {count} files are affected; the first {len(files)} are listed."
+        return Damage(name, problem, list(findings.snapshots.get(name, ())), files)
 
     def _check_format_and_keys(self) -> None:
         view = self._view
         try:
-            if seal.digest(view.store.get("format")).hex() != view.log.anchor:
+            if view.store.stat("format").size_bytes > _FORMAT_BYTES_MAX:
+                self._findings.problem("format", "It is far too large.")
+            elif seal.digest(view.store.get("format")).hex() != view.log.anchor:
                 self._findings.problem("format", "format is not what it was when the repository was opened.")
         except OutlastError as exc:
             self._findings.problem("format", self._why(exc))
@@ -288,6 +290,8 @@ class _Check:
         for info in view.store.list("index/"):
             name = info.name.removeprefix("index/")
             try:
+                if info.size_bytes > SEGMENT_BYTES_MAX:
+                    raise Corrupt("It is far too large to be an index segment.")
                 data = view.store.get(info.name)
                 packs, rows = read_segment(data, name, view.keys)
             except OutlastError as exc:

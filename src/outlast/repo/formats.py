@@ -33,9 +33,12 @@ __all__ = ["ReadAt", "Span", "Tensor", "detect", "safetensors_header", "spans", 
 _PIECE_BYTES = 8 << 20
 _HEAD_BYTES = 16 << 10
 
-# The reference implementation's limit on a safetensors header, and the most descriptions believed.
+# The reference implementation's limit on a safetensors header, and what of it is parsed here: enough
+# for 200,000 tensors. A description has four colons and a few commas; metadata may have some too.
 _SAFETENSORS_HEADER_BYTES_MAX = 100_000_000
-_SAFETENSORS_TENSORS_MAX = 1 << 20
+_SAFETENSORS_PARSED_BYTES_MAX = 24 << 20
+_SAFETENSORS_COLONS_MAX = 1 << 19
+_SAFETENSORS_COMMAS_MAX = 1 << 20
 _NOT_IN_SAFETENSORS = {"C32", "C128"}
 
 _NPY_MAGIC = b"\x93NUMPY"
@@ -183,10 +186,13 @@ _described_decoder = msgspec.json.Decoder(_Described)
 def _safetensors(window: Window) -> list[Tensor]:
     # https://github.com/huggingface/safetensors: length of the header, header in JSON, data.
     header_bytes = int.from_bytes(window.get(0, 8, ahead=_HEAD_BYTES), "little")
+    if header_bytes > _SAFETENSORS_PARSED_BYTES_MAX:
+        raise Malformed("a header longer than any model needs")
     text = window.get(8, header_bytes)
     data_start = 8 + header_bytes
-    # Counted before anything is built from it: a hostile header is mostly tiny descriptions.
-    if text.count(b'"data_offsets"') > _SAFETENSORS_TENSORS_MAX:
+    # Counted before anything is built from it: a hostile header is mostly tiny entries. Every entry of a
+    # JSON object has a colon and every element of a list but one a comma, however its text is escaped.
+    if text.count(b":") > _SAFETENSORS_COLONS_MAX or text.count(b",") > _SAFETENSORS_COMMAS_MAX:
         raise Malformed("more tensors than any model has")
     found = []
     try:

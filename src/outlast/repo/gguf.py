@@ -37,6 +37,7 @@ _TENSOR_BYTES_MIN = 8 + 4 + 4 + 8
 _METADATA_BYTES_MAX = 256 << 20
 _STEPS_MAX = 8_000_000  # strings and arrays stepped over; a vocabulary has 300,000
 _NAME_BYTES_MAX = 4096
+_ALL_NAMES_BYTES_MAX = 16 << 20
 _DIMENSIONS_MAX = 8
 _TENSORS_MAX = 1 << 17
 _READ_BYTES = 256 << 10
@@ -51,6 +52,7 @@ class _Cursor:
         self._window = window
         self._end = min(window.size, _METADATA_BYTES_MAX)
         self._steps = 0
+        self._names_left = _ALL_NAMES_BYTES_MAX
 
     def take(self, length: int) -> bytes:
         self.skip(length)
@@ -67,7 +69,8 @@ class _Cursor:
 
     def text(self) -> bytes:
         length = self.number("<Q", 8)
-        if length > _NAME_BYTES_MAX:
+        self._names_left -= length
+        if length > _NAME_BYTES_MAX or self._names_left < 0:
             raise Malformed("a name longer than any tool writes")
         return self.take(length)
 

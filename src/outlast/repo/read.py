@@ -12,7 +12,6 @@ import msgspec
 from outlast.errors import Corrupt, NotFound, OutlastError
 from outlast.repo.index import Location
 from outlast.repo.pack import object_name
-from outlast.repo.pack import object_name as pack_name
 
 if TYPE_CHECKING:
     from outlast.repo.repository import Repository
@@ -102,7 +101,7 @@ def _ranges(repository: Repository, chunks: Iterable[bytes], failed: Failed | No
 
 
 def _fetch_range(repository: Repository, part: _Range, deliver: Deliver, failed: Failed | None) -> Fetched:
-    name = pack_name(part.pack)
+    name = object_name(part.pack)
     try:
         [data] = repository.store.get_ranges(name, [(part.start, part.end - part.start)])
     except (NotFound, Corrupt) as exc:

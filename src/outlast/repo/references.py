@@ -11,27 +11,52 @@ import msgspec
 from outlast import records
 from outlast.errors import Corrupt, OutlastError
 from outlast.records import ChunkRef, Entry, Snapshot
+from outlast.repo import seal
 from outlast.repo.pack import object_name
 from outlast.repo.repository import Repository
 
+FILES_MAX = 100
+PROBLEMS_MAX = 100
+_MORE = "There is more of this kind."
+
 
 class Findings:
-    """Problems by object, and by object the snapshots and files that need what is damaged."""
+    """Problems by object, and by object the snapshots and files that need what is damaged.
+
+    Of the files at most `FILES_MAX` an object are kept, the first by name, and the others are counted:
+    a disk that is going may cost millions of files, and the report must come out all the same.
+    """
 
     def __init__(self) -> None:
         self.problems: dict[str, list[str]] = {}
         self.snapshots: dict[str, dict[str, None]] = {}
-        self.files: dict[str, set[str]] = {}
+        self._files: dict[str, set[str]] = {}
+        self._left_out: set[str] = set()
+        self._counts: dict[str, int] = {}
 
     def problem(self, name: str, problem: str) -> None:
         known = self.problems.setdefault(name, [])
-        if problem not in known:
-            known.append(problem)
+        if problem not in known and len(known) <= PROBLEMS_MAX:
+            known.append(problem if len(known) < PROBLEMS_MAX else _MORE)
 
-    def affected(self, name: str, snapshot: str, path: str | None = None) -> None:
+    def affected(self, name: str, snapshot: str) -> None:
         self.snapshots.setdefault(name, {})[snapshot] = None
-        if path is not None:
-            self.files.setdefault(name, set()).add(path)
+
+    def lost(self, name: str, path: str) -> None:
+        """A file can't be restored whole; to be told once for each line of a manifest that says so."""
+        files = self._files.setdefault(name, set())
+        self._counts[name] = self._counts.get(name, 0) + 1
+        files.add(path)
+        if len(files) > 2 * FILES_MAX:
+            self._files[name] = set(sorted(files)[:FILES_MAX])
+            self._left_out.add(name)
+
+    def files(self, name: str) -> tuple[list[str], int]:
+        """The files to name, and, when there are more, about how many there are, else 0."""
+        files = sorted(self._files.get(name, ()))
+        if len(files) <= FILES_MAX and name not in self._left_out:
+            return files, 0
+        return files[:FILES_MAX], self._counts[name]
 
 
 class _Hurt(msgspec.Struct, frozen=True):
@@ -45,12 +70,13 @@ class _Hurt(msgspec.Struct, frozen=True):
 class _Piece(msgspec.Struct):
     """One manifest chunk: what stands before its first line break and after its last one.
 
-    `tail` is None when there is no line break, so that all of it is `head`.
+    `tail` is None when there is no line break, so that all of it is `head`. `blamed`: (object, problem)
+    of the lines between; their files are told to `Findings` when the piece is read, and not kept.
     """
 
     head: bytes
     tail: bytes | None
-    hurt: list[_Hurt]
+    blamed: dict[tuple[str, str], None]
 
 
 class References:
@@ -62,7 +88,11 @@ class References:
         self._good = good
         self._bad = bad
         self._pieces: dict[str, _Piece | None] = {}
-        self._footless = [object_name(name) for name in view.state.packs if name not in good]
+        self._straddling: set[bytes] = set()
+        footless = [object_name(name) for name in view.state.packs if name not in good]
+        # A chunk that no sound pack holds was in one of these, and nobody knows in which.
+        self._suspect = footless[0] if len(footless) == 1 else f"one of {len(footless)} unreadable packs"
+        self._suspects = len(footless)
 
     def walk(self) -> None:
         for snapshot in self._view.snapshots():
@@ -77,26 +107,45 @@ class References:
             if piece is None:
                 problem = f"The manifest of snapshot {snapshot.id[:12]} can't be read in full."
                 hurt = self._missing(ref, None)
-                self._note(snapshot, [msgspec.structs.replace(each, problem=problem) for each in hurt])
+                self._note(snapshot, {(each.object, problem): None for each in hurt})
                 rest = None
                 continue
             if piece.tail is None:
                 rest = None if rest is None else rest + piece.head
                 continue
-            self._note(snapshot, piece.hurt)
+            self._note(snapshot, piece.blamed)
             if rest is not None:
-                self._note(snapshot, self._check_line(rest + piece.head))
+                self._note(snapshot, self._check_straddling(rest + piece.head))
             rest = piece.tail
         if rest:
             cut = "The manifest ends in the middle of a line."
-            self._note(snapshot, [_Hurt(f"snapshot {snapshot.id}", None, cut)])
+            self._note(snapshot, {(f"snapshot {snapshot.id}", cut): None})
 
-    def _note(self, snapshot: Snapshot, hurt: list[_Hurt]) -> None:
+    def _note(self, snapshot: Snapshot, blamed: dict[tuple[str, str], None]) -> None:
+        for name, problem in blamed:
+            if problem or name not in self._findings.problems:
+                self._findings.problem(name, problem or "Chunks of it are damaged.")
+            self._findings.affected(name, snapshot.id)
+
+    def _tell(self, hurt: list[_Hurt], blamed: dict[tuple[str, str], None], *, known: bool = False) -> None:
+        """Name the files of one line, each once for an object, and note who is to blame for what."""
+        for name, path in dict.fromkeys((each.object, each.path) for each in hurt):
+            if path is not None and not known:
+                self._findings.lost(name, path)
         for each in hurt:
-            if each.problem or each.object not in self._findings.problems:
-                what = each.problem or "Chunks of it are damaged."
-                self._findings.problem(each.object, what)
-            self._findings.affected(each.object, snapshot.id, each.path)
+            # A manifest of nothing but malformed lines must not fill memory and report.
+            many = each.problem and len(blamed) >= PROBLEMS_MAX
+            blamed[each.object, _MORE if many else each.problem] = None
+
+    def _check_straddling(self, line: bytes) -> dict[tuple[str, str], None]:
+        """Such a line is met again in each snapshot that has the same two chunks; its files count once."""
+        hurt = self._check_line(line)
+        blamed: dict[tuple[str, str], None] = {}
+        if hurt:
+            digest = seal.digest(line)
+            self._tell(hurt, blamed, known=digest in self._straddling)
+            self._straddling.add(digest)
+        return blamed
 
     def _read_piece(self, ref: ChunkRef) -> _Piece | None:
         try:
@@ -105,10 +154,13 @@ class References:
             return None
         head, newline, body = text.partition(b"\n")
         if not newline:
-            return _Piece(head, None, [])
+            return _Piece(head, None, {})
         lines, _, tail = body.rpartition(b"\n")
-        hurt = [each for line in lines.split(b"\n") if line for each in self._check_line(line)]
-        return _Piece(head, tail, hurt)
+        blamed: dict[tuple[str, str], None] = {}
+        for line in lines.split(b"\n"):
+            if line and (hurt := self._check_line(line)):
+                self._tell(hurt, blamed)
+        return _Piece(head, tail, blamed)
 
     def _check_line(self, line: bytes) -> list[_Hurt]:
         try:
@@ -143,6 +195,7 @@ class References:
         if copies:
             wrong = f"Chunk {ref[0][:16]} is {copies[0].plain_bytes} bytes long, not {ref[1]}."
             return [_Hurt("manifests", path, wrong)]
-        if self._footless:
-            return [_Hurt(name, path) for name in self._footless]
+        if self._suspects:
+            what = "" if self._suspects == 1 else "It held chunks that snapshots need; the packs are named here too."
+            return [_Hurt(self._suspect, path, what)]
         return [_Hurt("packs", path, "Chunks that snapshots need are in no pack of the log.")]

@@ -102,8 +102,15 @@ class Repository:
         The key slot is written first and `format` last: its creation is the creation of the
         repository, and of two that try at once exactly one wins.
         """
-        if _get_or_none(store, "format") is not None or next(store.list("log/"), None) is not None:
-            raise Refused(f"{store.url} holds a repository already; nothing was changed.")
+        # Keys alone are what an `init` leaves that was killed before its end.
+        for found in store.list(""):
+            if found.name == "format" or found.name.startswith(("log/", "packs/")):
+                raise Refused(f"{store.url} holds a repository already; nothing was changed.")
+            if not found.name.startswith("keys/"):
+                raise Refused(
+                    f"{store.url} is not empty ({found.name} is there); nothing was changed.",
+                    hint="Make the repository in a folder or under a prefix of its own.",
+                )
         created = records.time_text(clock.now_ns())
         repository_id = clock.random_bytes(16)
         keys = None
@@ -244,14 +251,22 @@ class Repository:
 
     def entries(self, snapshot: Snapshot) -> Iterator[Entry]:
         """The manifest's entries in `path_order`, streamed: a manifest may be larger than memory."""
-        rest = b""
+        what = f"the manifest of snapshot {snapshot.id[:12]}"
+        rest: list[bytes] = []
+        rest_bytes = 0
         for chunk, _ in snapshot.manifest:
-            lines = (rest + bytes(self.get_chunk(bytes.fromhex(chunk)))).split(b"\n")
-            rest = lines.pop()
-            for line in lines:
-                yield _entry_decoder.decode(line)
-        if rest:
-            raise Corrupt(f"the manifest of snapshot {snapshot.id[:12]} ends in the middle of a line.")
+            first, *lines = bytes(self.get_chunk(bytes.fromhex(chunk))).split(b"\n")
+            rest.append(first)
+            rest_bytes += len(first)
+            if rest_bytes > _LINE_BYTES_MAX:
+                raise Corrupt(f"{what} has a line of more than {_LINE_BYTES_MAX} bytes.")
+            if lines:
+                *whole, last = lines
+                for line in (b"".join(rest), *whole):
+                    yield records.parse(line, _entry_decoder, what)
+                rest, rest_bytes = [last], len(last)
+        if rest_bytes:
+            raise Corrupt(f"{what} ends in the middle of a line.")
 
     # -- chunks ----------------------------------------------------------------------------------
 
@@ -449,6 +464,8 @@ class Repository:
 
 
 _entry_decoder = msgspec.json.Decoder(Entry)
+_LINE_BYTES_MAX = 256 << 20
+"""Enough for a file of 12 TB in blocks of 4 MiB."""
 
 
 def chunk_offsets(entry: Entry) -> Iterator[tuple[int, ChunkRef]]:

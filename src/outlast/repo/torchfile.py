@@ -27,10 +27,12 @@ _LOCAL = Struct("<4s5H3L2H")
 
 _TAIL_BYTES = 64 << 10
 _INNER_TAIL_BYTES = 16 << 10
-_DIRECTORY_BYTES_MAX = 64 << 20
-_ENTRIES_MAX = 1 << 18
 _ARCHIVES_MAX = 1 << 16
-_PICKLE_BYTES_MAX = 64 << 20
+_PICKLE_BYTES_MAX = 24 << 20
+_NAME_BYTES_MAX = 512
+# Of all the archives of a file together; 120 bytes of directory and 600 bytes of memory a member.
+_DIRECTORY_BYTES_MAX = 24 << 20
+_MEMBERS_MAX = 1 << 17
 # A view that repeats elements (`expand`) may be larger than its file, but not without bound.
 _EXPANDED_BYTES_MAX = 1 << 30
 
@@ -59,19 +61,39 @@ class _Directory(msgspec.Struct, frozen=True):
     entries: int
 
 
+class _Room:
+    """What is left of the budget that the directories of one file share."""
+
+    def __init__(self) -> None:
+        self._bytes = _DIRECTORY_BYTES_MAX
+        self._members = _MEMBERS_MAX
+
+    def take(self, directory_bytes: int = 0, members: int = 0) -> None:
+        self._bytes -= directory_bytes
+        self._members -= members
+        if self._bytes < 0 or self._members < 0:
+            raise _TooMuch("more members than any model has")
+
+
+class _TooMuch(Malformed):
+    """The file as a whole asks for too much, so no part of it is read."""
+
+
 def recognises(window: Window) -> bool:
     """Whether the last (or only) archive of the file is one of torch's."""
+    room = _Room()
     try:
-        return bool(_archive(window, _directory(window, window.size, _TAIL_BYTES)))
+        return bool(_archive(window, _directory(window, window.size, _TAIL_BYTES, room), room))
     except Malformed:
         return False
 
 
 def spans(window: Window) -> Iterator[Span]:
     """One span per storage; its element width is known where the pickle can be read. Raises `Malformed`."""
+    budget = torchpickle.Budget()
     for archive in _archives(window):
         try:
-            widths = _pickled(window, archive).widths
+            widths = _pickled(window, archive, budget).widths
         except torchpickle.Unreadable:
             widths = {}
         for key, member in archive.storages.items():
@@ -81,11 +103,12 @@ def spans(window: Window) -> Iterator[Span]:
 def tensors(window: Window) -> list[Tensor]:
     """Every tensor with plain values: no quantised, sparse or lazily conjugated ones. Raises `Malformed`."""
     archives = _archives(window)
+    budget = torchpickle.Budget()
     found = []
     for at, archive in enumerate(archives):
         if archive.byteorder and window.get(archive.byteorder.offset, archive.byteorder.length) != b"little":
             raise Malformed("elements in another byte order")
-        for name, view in torchpickle.name_tensors(_pickled(window, archive)):
+        for name, view in torchpickle.name_tensors(_pickled(window, archive, budget), budget):
             if len(archives) > 1:
                 bare = name == torchpickle.BARE_TENSOR
                 found.append(_tensor(str(at) if bare else f"{at}.{name}", view, archive, window.size))
@@ -94,10 +117,10 @@ def tensors(window: Window) -> list[Tensor]:
     return found
 
 
-def _pickled(window: Window, archive: _Archive) -> torchpickle.Pickled:
-    if archive.pickle.length > _PICKLE_BYTES_MAX:
-        raise torchpickle.Unreadable("a pickle longer than any model needs")
-    return torchpickle.interpret(window.get(archive.pickle.offset, archive.pickle.length))
+def _pickled(window: Window, archive: _Archive, budget: torchpickle.Budget) -> torchpickle.Pickled:
+    if archive.pickle.length > _PICKLE_BYTES_MAX or budget.steps < 0:
+        raise torchpickle.Unreadable("pickles longer than any model needs")
+    return torchpickle.interpret(window.get(archive.pickle.offset, archive.pickle.length), budget)
 
 
 def _tensor(name: str, view: torchpickle.View, archive: _Archive, size: int) -> Tensor:
@@ -123,11 +146,14 @@ def _archives(window: Window) -> list[_Archive]:
     Bytes before the first archive belong to no tensor. Raises `Malformed` when the file doesn't end in one.
     """
     archives: list[_Archive] = []
+    room = _Room()
     end, tail = window.size, _TAIL_BYTES
     while end > 0 and len(archives) < _ARCHIVES_MAX:
         try:
-            directory = _directory(window, end, tail)
-            archive = _archive(window, directory)
+            directory = _directory(window, end, tail, room)
+            archive = _archive(window, directory, room)
+        except _TooMuch:
+            raise
         except Malformed:
             if not archives:
                 raise
@@ -138,7 +164,7 @@ def _archives(window: Window) -> list[_Archive]:
     return archives
 
 
-def _directory(window: Window, end: int, tail: int) -> _Directory:
+def _directory(window: Window, end: int, tail: int, room: _Room) -> _Directory:
     """The central directory of the archive that ends here (without a comment, as torch writes it)."""
     at = end - _END.size
     if at < 0:
@@ -159,13 +185,15 @@ def _directory(window: Window, end: int, tail: int) -> _Directory:
     start = after - length
     if start < offset:
         raise Malformed("the archive begins before the file")
-    if length > _DIRECTORY_BYTES_MAX or entries > _ENTRIES_MAX or entries * _ENTRY.size > length:
-        raise Malformed("more members than any model has")
+    if entries * _ENTRY.size > length:
+        raise Malformed("more members than the directory has room for")
+    room.take(directory_bytes=length)
     return _Directory(start - offset, start, length, entries)
 
 
-def _archive(window: Window, directory: _Directory) -> _Archive:
-    listed = sorted(_listed(window.get(directory.start, directory.length), directory), key=lambda each: each.header)
+def _archive(window: Window, directory: _Directory, room: _Room) -> _Archive:
+    entries = window.get(directory.start, directory.length)
+    listed = sorted(_listed(entries, directory, room), key=lambda each: each.header)
     ranges = [(each.header, _LOCAL.size + len(each.name)) for each in listed]
     members = []
     for each, local in zip(listed, window.get_many(ranges), strict=True):
@@ -197,7 +225,7 @@ def _by_role(members: list[_Member]) -> _Archive:
     return _Archive(by_name[pickles[0]], storages, by_name.get(root + b"byteorder"))
 
 
-def _listed(entries: bytes, directory: _Directory) -> Iterator[_Member]:
+def _listed(entries: bytes, directory: _Directory, room: _Room) -> Iterator[_Member]:
     """The members that matter, as the directory gives them: `offset` is still unknown."""
     at = 0
     for _ in range(directory.entries):
@@ -218,6 +246,9 @@ def _listed(entries: bytes, directory: _Directory) -> Iterator[_Member]:
                 end = directory.base + header + _LOCAL.size + name_bytes + length
                 if stored != length or len(name) != name_bytes or end > directory.start:
                     raise Malformed("a member outside the archive")
+                if name_bytes > _NAME_BYTES_MAX:
+                    raise Malformed("a name longer than torch writes")
+                room.take(members=1)
                 yield _Member(directory.base + header, name, 0, length)
         at += name_bytes + extra_bytes + comment_bytes
     if at != len(entries):

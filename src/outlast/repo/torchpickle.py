@@ -3,7 +3,8 @@
 The opcodes (CPython's `pickletools`, protocols 2 to 5) are interpreted over inert values only: numbers,
 strings, tuples, lists, `Record`s. No name is imported and nothing is called; a handful of known names
 (tensor rebuilders, storages, OrderedDict) are understood, everything else becomes an empty object whose
-attributes are kept. The work and memory are bounded by the length of the pickle.
+attributes are kept. The work and memory are bounded by the length of the pickle, and by a `Budget`
+that all the pickles of a file share.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from outlast.repo.layout import Malformed, item_bytes
 # hostile one could ask for 130. Charged generously as things are made, never given back.
 _MEMORY_PER_BYTE = 48
 _MEMORY_MIN = 4 << 20
-_MEMORY_MAX = 256 << 20
+_MEMORY_MAX = 80 << 20
 _STEPS_BETWEEN_CHARGES = 1024
-_STEPS_MAX = 1 << 24  # a tensor takes about 30
+_STEPS_MAX = 4 << 20  # a tensor takes about 30
+_VISITS_MAX = 4 << 20
+_VISITS_TO_ENTER = 4  # a list or dict takes longer than a value
 _TEXT_BYTES_MAX = 4096
 _NAME_CHARACTERS_MAX = 4096
-_ALL_NAMES_CHARACTERS_MAX = 32 << 20
-_TENSORS_MAX = 1 << 18
+_ALL_NAMES_CHARACTERS_MAX = 16 << 20
+_TENSORS_MAX = 1 << 17
 _DIMENSIONS_MAX = 64
 
 _TORCH_DTYPES = {
@@ -105,6 +108,18 @@ class Pickled:
         self.steps = steps
 
 
+class Budget:
+    """What all the pickles of one file may cost together: operations, values visited, tensors and their names."""
+
+    __slots__ = ("characters", "steps", "tensors", "visits")
+
+    def __init__(self) -> None:
+        self.steps = _STEPS_MAX
+        self.visits = _VISITS_MAX
+        self.tensors = _TENSORS_MAX
+        self.characters = _ALL_NAMES_CHARACTERS_MAX
+
+
 BARE_TENSOR = "tensor"
 """the name of a tensor that is all a file holds"""
 
@@ -112,9 +127,9 @@ _OPAQUE = Named("", "")
 """Stands for any value that names no tensor: floats, bytes, long texts, sets."""
 
 
-def interpret(pickle: bytes) -> Pickled:
+def interpret(pickle: bytes, budget: Budget) -> Pickled:
     """Read one pickle; raises `Unreadable`."""
-    machine = _Machine(pickle)
+    machine = _Machine(pickle, budget)
     try:
         return machine.run()
     except (IndexError, KeyError, error) as exc:
@@ -124,8 +139,9 @@ def interpret(pickle: bytes) -> Pickled:
 class _Machine:
     """The stack machine of the pickle format; `pos` is behind the opcode when an operation is called."""
 
-    def __init__(self, pickle: bytes) -> None:
+    def __init__(self, pickle: bytes, budget: Budget) -> None:
         self.pickle = pickle
+        self.budget = budget
         self.pos = 0
         self.stack: list[Any] = []
         self.marks: list[int] = []
@@ -157,9 +173,14 @@ class _Machine:
                     self.charge(0)
             if not steps % _STEPS_BETWEEN_CHARGES:
                 self.charge(8 * _STEPS_BETWEEN_CHARGES)
-                if steps > _STEPS_MAX:
-                    raise Unreadable("a pickle longer than any model needs")
+                self.spend(_STEPS_BETWEEN_CHARGES)
+        self.spend(1 + steps % _STEPS_BETWEEN_CHARGES)
         return Pickled(stack[-1], self.widths, steps)
+
+    def spend(self, steps: int) -> None:
+        self.budget.steps -= steps
+        if self.budget.steps < 0:
+            raise Unreadable("pickles longer than any model needs")
 
     def charge(self, memory: int) -> None:
         """Stop before something of unknown size is made; `run` watches the sum of small things."""
@@ -489,7 +510,7 @@ def _decimal(text: bytes) -> int:
     return int(text)
 
 
-def name_tensors(pickled: Pickled) -> list[tuple[str, View]]:
+def name_tensors(pickled: Pickled, budget: Budget) -> list[tuple[str, View]]:
     """Every tensor under the path of keys and positions that leads to it, joined with ".".
 
     A tensor that is all the file holds is called `BARE_TENSOR`. Where two paths spell the same
@@ -497,21 +518,21 @@ def name_tensors(pickled: Pickled) -> list[tuple[str, View]]:
     """
     found: list[tuple[str, View]] = []
     taken: dict[str, int] = {}
-    characters = 0
-    for path, view in _walk(pickled.root, 50_000 + 4 * pickled.steps):
+    for path, view in _walk(pickled.root, 50_000 + 4 * pickled.steps, budget):
         plain = name = path or BARE_TENSOR
         while name in taken:
             taken[plain] += 1
             name = f"{plain}#{taken[plain]}"
         taken[name] = 1
-        characters += len(name)
-        if characters > _ALL_NAMES_CHARACTERS_MAX or len(found) == _TENSORS_MAX:
+        budget.characters -= len(name)
+        budget.tensors -= 1
+        if budget.characters < 0 or budget.tensors < 0:
             raise Unreadable("more names than any model has")
         found.append((name, view))
     return found
 
 
-def _walk(root: Any, steps: int) -> Iterator[tuple[str, View]]:
+def _walk(root: Any, steps: int, budget: Budget) -> Iterator[tuple[str, View]]:
     """Depth first without recursion; a structure is not entered again from within itself."""
     if isinstance(root, View):
         yield "", root
@@ -521,7 +542,8 @@ def _walk(root: Any, steps: int) -> Iterator[tuple[str, View]]:
         path, parent, children = levels[-1]
         for part, child in children:
             steps -= 1
-            if steps < 0:
+            budget.visits -= 1
+            if steps < 0 or budget.visits < 0:
                 raise Unreadable("a structure that unfolds without end")
             if not isinstance(child, (View, Record, list, tuple)) or id(child) in entered:
                 continue
@@ -531,6 +553,7 @@ def _walk(root: Any, steps: int) -> Iterator[tuple[str, View]]:
             if isinstance(child, View):
                 yield below, child
             else:
+                budget.visits -= _VISITS_TO_ENTER
                 entered.add(id(child))
                 levels.append((below, child, _children(child)))
                 break
