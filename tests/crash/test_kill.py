@@ -187,7 +187,7 @@ def test_control_c_at_the_command_line(store: LocalStore, tmp_path: Path) -> Non
         done = "Snapshot" in output
         # Once the result is printed the interpreter is on its way out, and dies of the signal.
         assert process.returncode in ((0, 130, -signal.SIGINT) if done else (130,)), errors
-        assert errors == "" or "earlier ones are whole" in errors
+        assert errors == "" or "What was committed is whole" in errors
         report = open_and_check(LocalStore(store.url), data="all")
         assert report.ok, report
         # Cancelled in the moment after the commit: then the snapshot is there though nothing says so.

@@ -479,7 +479,7 @@ def test_a_signal_ends_in_a_sentence_about_what_is_safe(filled: Shell, number: s
     assert process.returncode == code
     error = json.loads(out)["error"]
     assert (error["kind"], error["exit_code"], err) == ("cancelled", code, b"")
-    assert "earlier ones are whole" in error["message"]
+    assert "What was committed is whole" in error["message"]
     filled("backup", "model", "--repo", "sealed", OUTLAST_PASSPHRASE=PASSPHRASE)
 
 

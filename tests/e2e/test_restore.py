@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import random  # noqa: TID251  seeded
 import resource
@@ -15,76 +14,26 @@ from typing import Any
 
 import msgspec
 import pytest
+from restoring import SMALL, TIME_NS, back_up, beside, by_hand, make_source, run, small_repository
 from trees import describe
 
 from outlast import errors
 from outlast.backup import folder, restore, staging
-from outlast.backup.create import create
 from outlast.events import ListSink
-from outlast.records import Chunking, Entry, Snapshot
+from outlast.records import Entry
 from outlast.repo.repository import Repository
 from outlast.store.layers import RetryStore
-from outlast.store.local import LocalStore
 from outlast.store.memory import MemoryStore
-
-SMALL = Chunking(block_bytes=4096, min_bytes=1024, avg_bytes=4096, max_bytes=16384)
-TIME_NS = 1_600_000_000_123_456_789
 
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Repository:
-    return Repository.create(LocalStore(str(tmp_path / "repository")), chunking=SMALL, pack_bytes=256 << 10)
+    return small_repository(tmp_path / "repository")
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    root = tmp_path / "source"
-    (root / "deep" / "er").mkdir(parents=True)
-    (root / "empty").mkdir(mode=0o750)
-    rng = random.Random(1)
-    (root / "big.bin").write_bytes(rng.randbytes(300_000))
-    (root / "deep" / "er" / "mid.bin").write_bytes(rng.randbytes(40_000))
-    (root / "small.txt").write_bytes(b"small")
-    (root / "nothing").write_bytes(b"")
-    (root / "zeros").write_bytes(bytes(100_000))
-    (root / os.fsdecode(b"odd\n\xff%41 name")).write_bytes(b"odd")
-    (root / "secret").write_bytes(b"secret")
-    (root / "secret").chmod(0o400)
-    (root / "link").symlink_to("../outside")
-    (root / "dangling").symlink_to("/nowhere/at/all")
-    os.link(root / "big.bin", root / "deep" / "same.bin")
-    os.mkfifo(root / "pipe", 0o620)
-    with (root / "sparse").open("wb") as file:
-        file.seek(1 << 20)
-        file.write(b"island")
-        file.truncate(3 << 20)
-    (root / "empty").chmod(0o555)
-    for parent, _, files in os.walk(root, topdown=False):
-        for name in files:
-            os.utime(os.path.join(parent, name), ns=(TIME_NS, TIME_NS), follow_symlinks=False)
-        os.utime(parent, ns=(TIME_NS + 1, TIME_NS + 1))
-    return root
-
-
-def back_up(repository: Repository, *sources: Path) -> Snapshot:
-    return repository.find_snapshot(create(repository, [os.fsencode(each) for each in sources]).snapshot)
-
-
-def run(repository: Repository, snapshot: Snapshot, target: Path, **options: Any) -> restore.RestoreReport:
-    return restore.execute(repository, restore.plan(repository, snapshot, os.fsencode(target), **options))
-
-
-def beside(target: Path) -> list[str]:
-    """What lies beside the target and has to do with it, hidden or not."""
-    return sorted(name for name in os.listdir(target.parent) if target.name in name and name != target.name)
-
-
-def by_hand(repository: Repository, *entries: Entry) -> Snapshot:
-    """A snapshot with a manifest that no backup would write."""
-    writer = repository.writer()
-    for entry in entries:
-        writer.add_entry(entry)
-    return writer.commit(Snapshot("", "backup", "by hand", "2026-01-01T00:00:00.000000Z"))
+    return make_source(tmp_path / "source")
 
 
 def in_child(work: Callable[[], object]) -> int:
@@ -565,6 +514,8 @@ def test_a_read_only_place_is_refused_and_owners_are_only_for_root(
     # The root and a folder of the snapshot are read-only: twice, so that one of those is replaced.
     source.chmod(0o555)
     snapshot = back_up(repository, source)
+    for path in [tmp_path / "repository", *(tmp_path / "repository").rglob("*")]:
+        path.chmod(path.stat().st_mode | 0o055)
     assert as_nobody(free / "target") == 0
     os.utime(free / "target" / "small.txt")
     assert as_nobody(free / "target", overwrite=True) == 0
@@ -594,233 +545,3 @@ def test_what_could_not_be_backed_up_is_named(repository: Repository, tmp_path: 
     assert msgspec.json.encode(report)
     again = run(repository, snapshot, tmp_path / "target")
     assert again.skipped == report.skipped, "also where nothing is left to do"
-
-
-# -- links without a file, and what only the target has -----------------------------------------------
-
-
-def file_entry(repository: Repository, path: str, content: bytes) -> Entry:
-    writer = repository.writer()
-    ref = writer.add(writer.prepare(content, 1))
-    writer.commit(Snapshot("", "backup", "content", "2026-01-01T00:00:00.000000Z"))
-    return Entry(path=path, type="file", mode=0o644, size=len(content), chunks=[ref])
-
-
-@pytest.mark.parametrize("merging", [False, True])
-def test_a_link_to_what_could_not_be_read_is_left_out_and_the_rest_comes(
-    repository: Repository, tmp_path: Path, merging: bool
-) -> None:
-    snapshot = by_hand(
-        repository,
-        Entry(path=".", type="dir", mode=0o755),
-        Entry(path="a", type="unreadable", reason="Permission denied"),
-        file_entry(repository, "b", b"content"),
-        Entry(path="c", type="hardlink", target="a"),
-        Entry(path="d", type="hardlink", target="b"),
-        Entry(path="e", type="hardlink", target="c"),
-    )
-    target = tmp_path / "target"
-    if merging:
-        target.mkdir()
-        (target / "c").write_bytes(b"mine")
-    report = run(repository, snapshot, target, include=["*"] if merging else [])
-    assert sorted(os.listdir(target)) == (["b", "c", "d"] if merging else ["b", "d"])
-    assert (target / "b").samefile(target / "d") and (target / "d").read_bytes() == b"content"
-    assert [each.path for each in report.skipped] == ["a", "c", "e"]
-    assert "Permission denied" in report.skipped[1].reason
-    again = restore.plan(repository, snapshot, os.fsencode(target), include=["*"] if merging else [])
-    assert again.unchanged and [action[3] for action in again.actions].count("skipped") == 3
-
-
-@pytest.mark.parametrize("merging", [False, True])
-def test_a_link_to_what_is_no_file_is_named_before_anything_is_replaced(
-    repository: Repository, tmp_path: Path, merging: bool
-) -> None:
-    snapshot = by_hand(
-        repository,
-        Entry(path=".", type="dir", mode=0o755),
-        Entry(path="a", type="dir", mode=0o755),
-        file_entry(repository, "b", b"content"),
-        Entry(path="c", type="hardlink", target="a"),
-    )
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "b").write_bytes(b"mine")
-    with pytest.raises(errors.Corrupt, match=r"1 of 2 files can't be restored: c\."):
-        run(repository, snapshot, target, include=["*"] if merging else [])
-    assert os.listdir(target) == ["b"] and (target / "b").read_bytes() == b"mine"
-    run(repository, snapshot, target, include=["b"])
-    assert (target / "b").read_bytes() == b"content"
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_overwrite_destroys_nothing_that_the_snapshot_has_no_content_for(
-    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
-) -> None:
-    snapshot = by_hand(
-        repository,
-        Entry(path=".", type="dir", mode=0o755),
-        file_entry(repository, "a", b"content"),
-        Entry(path="deep", type="dir", mode=0o755),
-        Entry(path="deep/locked", type="unreadable", reason="Permission denied"),
-        Entry(path="folder", type="unreadable", reason="Permission denied"),
-    )
-    target = tmp_path / "target"
-    (target / "deep").mkdir(parents=True)
-    (target / "deep" / "locked").write_bytes(b"the only copy")
-    (target / "folder" / "below").mkdir(parents=True)
-    (target / "folder" / "below" / "file").write_bytes(b"only here")
-    (target / "folder").chmod(0o750)
-    (target / "stranger").write_bytes(b"goes")
-    if not links:
-        monkeypatch.setattr(staging, "_link", no_links)
-    report = run(repository, snapshot, target, overwrite=True)
-    place = target if links else Path(report.kept_as)
-    assert (place / "deep" / "locked").read_bytes() == b"the only copy"
-    assert (place / "folder" / "below" / "file").read_bytes() == b"only here"
-    assert stat.S_IMODE((place / "folder").stat().st_mode) == 0o750
-    assert (target / "a").read_bytes() == b"content" and not (target / "stranger").exists()
-    assert (report.kept_as == "") is links
-    assert beside(target) == ([] if links else [os.path.basename(report.kept_as)])
-
-
-def no_links(*arguments: object) -> None:
-    raise OSError(errno.EPERM, "no links here")
-
-
-# -- what others may have planted ---------------------------------------------------------------------
-
-
-def journal(staging_path: Path, old: Path, kept_as: str = "") -> bytes:
-    found = old.stat()
-    return msgspec.json.encode(
-        restore._Journal(os.fsencode(staging_path).hex(), found.st_dev, found.st_ino, os.fsencode(kept_as).hex())
-    )
-
-
-def test_a_planted_journal_removes_and_moves_nothing(repository: Repository, source: Path, tmp_path: Path) -> None:
-    snapshot = back_up(repository, source)
-    precious = tmp_path / "precious"
-    target, lock = tmp_path / "target", tmp_path / ".target.outlast-lock"
-    mine = tmp_path / ".target.outlast-0123456789ab"
-    repository.sink = sink = ListSink()
-    for folder_named, kept_as in [
-        (precious, ""),
-        (mine, os.fspath(tmp_path / "elsewhere")),
-        (mine, os.fspath(tmp_path / "x" / "target.before-20260101T000000Z")),
-        (tmp_path / "target" / ".." / "precious", ""),
-    ]:
-        (folder_named if folder_named == mine else precious).mkdir(exist_ok=True)
-        lock.write_bytes(journal(folder_named, folder_named, kept_as))
-        lock.chmod(0o600)
-        run(repository, snapshot, target)
-        assert precious.is_dir() and not (tmp_path / "elsewhere").exists()
-    assert mine.is_dir()
-    assert [event.kind for event in sink.events].count("restore.journal.ignored") == 4
-    lock.write_bytes(journal(mine, mine))
-    lock.chmod(0o600)
-    run(repository, snapshot, target)
-    assert not mine.exists() and not lock.exists(), "one of its own is followed"
-
-
-@pytest.mark.parametrize("how", ["writable", "link", "symlink", "folder", "owner"])
-def test_a_lock_that_another_may_have_written_is_refused(
-    repository: Repository, source: Path, tmp_path: Path, how: str
-) -> None:
-    snapshot = back_up(repository, source)
-    lock, other = tmp_path / ".target.outlast-lock", tmp_path / "other"
-    other.write_bytes(b"")
-    other.chmod(0o600)
-    if how == "link":
-        os.link(other, lock)
-    elif how == "symlink":
-        lock.symlink_to(other)
-    elif how == "folder":
-        lock.mkdir()
-    else:
-        lock.write_bytes(b"")
-        lock.chmod(0o620 if how == "writable" else 0o600)
-    if how == "owner":
-        if os.geteuid() != 0:
-            pytest.skip("needs a second user")
-        os.chown(lock, 1234, 1234)
-    with pytest.raises(errors.Refused, match=r"target\.outlast-lock is in the way"):
-        run(repository, snapshot, tmp_path / "target")
-    assert lock.exists() and not (tmp_path / "target").exists()
-
-
-# -- what a failure says ------------------------------------------------------------------------------
-
-
-def test_a_failure_says_how_far_it_came(
-    repository: Repository, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    snapshot = back_up(repository, source)
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").write_bytes(b"old")
-
-    def denied(*arguments: Any, **named: Any) -> None:
-        raise OSError(errno.EACCES, "Permission denied")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(restore, "sync_everything", denied)
-        with pytest.raises(errors.Refused, match=r"target is untouched\."):
-            run(repository, snapshot, target)
-    with monkeypatch.context() as patch:
-        patch.setattr(restore, "merge", denied)
-        with pytest.raises(errors.Refused, match=r"some are restored already, the others as they were") as caught:
-            run(repository, snapshot, target, include=["small.txt"])
-        assert "untouched" not in caught.value.message
-    with monkeypatch.context() as patch:
-        patch.setattr(restore, "_put_away", denied)
-        with pytest.raises(errors.Refused, match=r"restored as a whole; what it replaced is still in .*\.outlast-"):
-            run(repository, snapshot, target)
-    assert describe(target) == describe(source)
-    assert os.path.exists(run(repository, snapshot, target).kept_as)
-
-
-def test_where_nothing_can_be_exchanged_a_failed_second_step_is_taken_back(
-    repository: Repository, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    snapshot = back_up(repository, source)
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").write_bytes(b"old")
-    rename = os.rename
-
-    def failing(old: Any, new: Any, **named: Any) -> None:
-        if new == os.fsencode(target) and b".outlast-" in old:
-            raise OSError(errno.EACCES, "Permission denied")
-        rename(old, new, **named)
-
-    monkeypatch.setattr(folder, "_system", object)
-    monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(errors.Refused, match=r"target is as it was\."):
-        run(repository, snapshot, target)
-    assert os.listdir(target) == ["old"]
-
-
-def test_a_hole_is_believed_only_where_the_system_says_so(
-    repository: Repository, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    snapshot = back_up(repository, source)
-    target = tmp_path / "target"
-    run(repository, snapshot, target)
-    seek = os.lseek
-
-    def without_holes(fd: int, at: int, how: int) -> int:
-        if how == os.SEEK_DATA:
-            raise OSError(errno.EINVAL, "no such call here")
-        return seek(fd, at, how)
-
-    monkeypatch.setattr(os, "lseek", without_holes)
-    assert restore.plan(repository, snapshot, os.fsencode(target)).unchanged
-    with (target / "sparse").open("r+b") as file:
-        file.seek(2 << 20)
-        file.write(b"junk where there should be zeros")
-    os.utime(target / "sparse", ns=(TIME_NS, TIME_NS))
-    assert not restore.plan(repository, snapshot, os.fsencode(target)).unchanged
-    run(repository, snapshot, target)
-    monkeypatch.undo()
-    assert describe(target) == describe(source)

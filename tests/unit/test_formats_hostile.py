@@ -268,7 +268,7 @@ def many_members(count: int) -> bytes:
     """One archive of `count` storages of a byte, made by hand since `zipfile` takes its time."""
     content, directory = bytearray(), bytearray()
     for name, data in [(b"m/data.pkl", b"N."), *((b"m/data/%x" % at, b"x") for at in range(count))]:
-        fields = (0, 0, 0, 0, 0, len(data), len(data), len(name))
+        fields = (0, 0, 0, 0, 0, 0, len(data), len(data), len(name))
         fixed = struct.pack("<4s6H3L5H2L", b"PK\x01\x02", 0, *fields, 0, 0, 0, 0, 0, len(content))
         directory += fixed + name
         content += struct.pack("<4s5H3L2H", b"PK\x03\x04", *fields, 0) + name + data

@@ -260,7 +260,7 @@ def _build(repository: Repository, plan: RestorePlan, metadata: Metadata) -> Sta
         try:
             for batch in batches(plan.entries(repository)):
                 staging.add(batch)
-            staging.link()
+            staging.check_links()
             if staging.lost:
                 raise _lost(plan, staging.lost)
             staging.finish()

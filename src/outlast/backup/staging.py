@@ -121,37 +121,33 @@ class Staging:
         self._wanted = {}
         self._folder.release()
 
-    def link(self) -> None:
-        """Give files their further names; those that can't have one go to `skipped` or to `lost`."""
-        merging = self._plan.mode == "merge"
-        linked: set[bytes] = set()
+    def check_links(self) -> None:
+        """Hard links whose first name can't be had go to `skipped` or to `lost`; call it after the last `add`."""
+        sound: dict[bytes, Entry] = {}
         for raw, entry in self._links:
             first = entry.raw_target
             if first in self.skipped:
                 self.skipped[raw] = f"it is one file with {entry.target}: {self.skipped[first]}"
-            elif first not in linked and not self._is_file(first):
+            elif first not in sound and not self._is_file(first):
                 what = f"it is a hard link to {entry.target}, which is not a file of the snapshot."
                 self.lost[entry.path] = Corrupt(what, hint="`outlast check` tells whether the snapshot is damaged.")
             else:
-                linked.add(raw)
-                # In a merge the other name may be in the target already: links are made there.
-                if not merging:
-                    self._link(raw, first)
-                self.meter.add(0, 1)
+                sound[raw] = entry
+        self._links = list(sound.items())
 
     def _is_file(self, raw: bytes) -> bool:
         in_place = self._old is not None and raw in self._plan.right
         found = (self._old if in_place and self._old is not None else self._folder).status(raw)
         return found is not None and stat.S_ISREG(found.st_mode)
 
-    def _link(self, raw: bytes, first: bytes) -> None:
-        folder = self._folder
-        self._clear(raw)
-        _link(folder, first, folder, raw)
-
     def finish(self) -> None:
-        """What a killed restore left over goes, and folders get their metadata, deepest first."""
+        """Links, what a killed restore left over, and the metadata of folders, deepest first."""
         folder = self._folder
+        # In a merge the other name may be in the target already: links are made there.
+        for raw, entry in self._links if self._plan.mode != "merge" else []:
+            self._clear(raw)
+            _link(folder, entry.raw_target, folder, raw)
+            self.meter.add(0, 1)
         if self._resumed:
             while self._open:
                 self._drop_strangers(*self._open.pop())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from outlast import records
-from outlast.errors import Corrupt, OutlastError
+from outlast.errors import Corrupt, NotFound, OutlastError, Unavailable
 from outlast.records import ChunkRef, Entry, Snapshot
 from outlast.repo import seal
 from outlast.repo.pack import object_name
@@ -150,7 +150,8 @@ class References:
     def _read_piece(self, ref: ChunkRef) -> _Piece | None:
         try:
             text = bytes(self._view.get_chunk(bytes.fromhex(ref[0])))
-        except Corrupt:
+        except (Corrupt, NotFound, Unavailable):
+            self._view.store.stat("format")  # raises when it is the whole store that is away
             return None
         head, newline, body = text.partition(b"\n")
         if not newline:
