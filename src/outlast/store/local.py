@@ -17,6 +17,7 @@ import errno
 import fcntl
 import mmap
 import os
+import re
 import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,7 @@ BOUNCE_BYTES = 4 << 20
 BLOCK_BYTES = 4096
 READ_BYTES_MAX = 1 << 30
 
+_OUR_LEFTOVER = re.compile(r"[0-9a-f]{32}")
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -205,6 +207,7 @@ class LocalStore:
         temporary = f"{staging}/{self._clock.random_bytes(16).hex()}"
         self._check_root()
         with _translated("write", name):
+            self._refuse_strangers(staging)
             fd = self._within(staging, lambda: self._disk.open_temp(temporary))
             moved = False
             try:
@@ -353,6 +356,20 @@ class LocalStore:
         if folder == self._root:
             self._check_root()
 
+    def _refuse_strangers(self, staging: str) -> None:
+        """Before the first put: a folder `tmp` that was never ours stays its owner's, so no store is begun around it."""
+        if self._swept or not os.path.isdir(staging):
+            return
+        # A hidden name may be what a network file system makes of a file that we removed while it was open.
+        strangers = (each for each in os.listdir(staging) if not _OUR_LEFTOVER.fullmatch(each) and each[0] != ".")
+        found = next(strangers, None)
+        if found is not None and next(self.list(""), None) is None:
+            shown = os.fsencode(f"{staging}/{found}").decode("utf-8", "backslashreplace")
+            raise Refused(
+                f"{self.url} is not empty ({shown} is there); nothing was changed.",
+                hint="Make the repository in a folder of its own.",
+            )
+
     def _sweep_leftovers(self, fd: int) -> None:
         """At the first put remove what killed processes left behind, by the file system's own clock."""
         with self._lock:
@@ -362,9 +379,12 @@ class LocalStore:
         oldest_seconds = os.fstat(fd).st_mtime - LEFTOVER_SECONDS
         with os.scandir(f"{self._root}/{TEMPORARY}") as entries:
             for entry in entries:
+                if not _OUR_LEFTOVER.fullmatch(entry.name):
+                    continue
                 # Housekeeping: another process may sweep too, and what belongs to another user stays.
                 with suppress(OSError):
-                    if entry.stat(follow_symlinks=False).st_mtime < oldest_seconds:
+                    found = entry.stat(follow_symlinks=False)
+                    if stat.S_ISREG(found.st_mode) and found.st_mtime < oldest_seconds:
                         self._disk.unlink(entry.path)
 
     def _write_parts(self, fd: int, parts: Sequence[Buffer]) -> None:
