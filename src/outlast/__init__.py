@@ -89,7 +89,8 @@ def open(url: str, *, passphrase: Passphrase | None = None, sink: EventSink | No
     from outlast.repo.repository import Repository
     from outlast.store.layers import open_store
 
-    repository = Repository.open(open_store(url), secret=_secret(passphrase), sink=sink or NULL_SINK)
+    secret = _secret(passphrase)
+    repository = Repository.open(open_store(url), secret=not_empty(secret) if secret else None, sink=sink or NULL_SINK)
     if passphrase is not None:
         expect_encrypted(repository)
     return repository
@@ -105,6 +106,22 @@ def expect_encrypted(repository: Repository) -> None:
             "encrypted, somebody replaced its format. Nothing was changed.",
             hint="If it never was, leave the passphrase out: unset OUTLAST_PASSPHRASE, or drop the option.",
         )
+
+
+def not_empty(secret: Callable[[], bytes]) -> Callable[[], bytes]:
+    """The passphrase to open with, but `WrongKey` when it is empty: no repository has an empty one."""
+
+    def checked() -> bytes:
+        from outlast.errors import WrongKey
+
+        found = secret()
+        if not found:
+            raise WrongKey(
+                "the passphrase is empty; nothing was touched.", hint="Look at where the passphrase comes from."
+            )
+        return found
+
+    return checked
 
 
 def _secret(passphrase: Passphrase | None) -> Callable[[], bytes] | None:

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -203,7 +204,19 @@ def test_doctor_says_which_promises_a_store_keeps(shell: Shell) -> None:
     report = shell("doctor", "store", "memory://", "--json").json
     assert report["ok"]
     assert {"name", "passed", "detail", "seconds"} <= report["checks"][0].keys()
-    assert "a repository is safe there" in shell("doctor", "store", "memory://").out
+    assert "lives in one process only" in shell("doctor", "store", "memory://").out
+    assert "a repository is safe there" in shell("doctor", "store", "not/yet/there").out
+    assert not (shell.folder / "not").exists()
+
+
+def test_doctor_says_in_one_sentence_why_nothing_can_be_written(shell: Shell) -> None:
+    (shell.folder / "file").write_text("precious")
+    ran = shell("doctor", "store", "file", code=2)
+    assert "file is a file where a directory is needed" in ran.err
+    assert "FAILED" not in ran.out
+    ran = shell("doctor", "store", "s3://bucket/x", code=2, AWS_ENDPOINT_URL="localhost:5123")
+    assert "write http://localhost:5123" in ran.err
+    assert "panic" not in ran.err
 
 
 # -- bad input: one sentence, the right code, nothing lost -------------------------------------------
@@ -243,6 +256,14 @@ BAD: dict[str, tuple[Sequence[str], int, str, Callable[[Shell], None] | None]] =
     "unknown compression": (["init", "--repo", "other", "--compression", "zip"], 2, "invalid_input", None),
     "passphrase without --encrypt": (["init", "--repo", "o", "--passphrase-file", "f"], 2, "invalid_input", None),
     "no passphrase": (["init", "--repo", "other", "--encrypt"], 12, "wrong_key", None),
+    "empty --to": (["restore", "latest", "--to", ""], 2, "invalid_input", None),
+    "empty --repo": (["snapshots", "--repo", ""], 2, "invalid_input", None),
+    "empty --repo before the command": (["--repo", "", "snapshots"], 2, "invalid_input", None),
+    "empty --name": (["backup", "model", "--name", ""], 2, "invalid_input", None),
+    "empty path": (["backup", ""], 2, "invalid_input", None),
+    "short id": (["show", "abc"], 2, "invalid_input", None),
+    "memory": (["init", "--repo", "memory://x"], 2, "invalid_input", None),
+    "tag given twice": (["backup", "model", "--tag", "a=1", "--tag", "a=2"], 2, "invalid_input", None),
     "dry run of tensors": (["restore", "latest", "--to", "x", "--tensor", "a", "--dry-run"], 2, "invalid_input", None),
 }
 
@@ -263,6 +284,71 @@ def test_bad_input_gets_one_sentence_and_the_right_code(filled: Shell, case: str
     assert (error["error"]["kind"], error["error"]["exit_code"]) == (kind, code)
     assert f"outlast: {error['error']['message']}" == message
     assert sorted(path.name for path in (filled.folder / "repo").rglob("*")) == before
+
+
+def test_what_was_wrong_is_named(filled: Shell) -> None:
+    assert "--to is empty" in filled("restore", "latest", "--to", "", code=2).err
+    assert "PATH is empty" in filled("backup", "", code=2).err
+    assert "give at least 4 characters of the id" in filled("show", "abc", code=2).err
+    assert "lives only inside one Python process" in filled("init", "--repo", "memory://x", code=2).err
+    assert "Write all, none or a percentage such as 10%" in filled("check", "--data", "50", code=2).err
+    assert "'a' was given twice" in filled("backup", "model", "--tag", "a=1", "--tag", "a=2", code=2).err
+
+
+def test_a_snapshot_is_found_as_people_write_it(filled: Shell) -> None:
+    tiny = filled("snapshots", "--json").json[0]["id"]
+    (filled.folder / "model" / "more").write_text("more")
+    other = filled("backup", "model", "--name", "other", "--json").json["snapshot"]
+    assert filled("show", f" {other[:8].upper()} ", "--json").json["id"] == other
+    assert filled("show", "latest", "--name", "tiny", "--json").json["id"] == tiny
+    report = filled("diff", tiny, "latest", "--name", "tiny", "--json").json
+    assert (report["before"], report["after"]) == (tiny, tiny)
+    assert f"snapshot {tiny[:8]} is of tiny, not other" in filled("show", tiny, "--name", "other", code=1).err
+    assert "no snapshot is named tin; there are: other, tiny" in filled("show", "latest", "--name", "tin", code=1).err
+    listed = filled("snapshots", "--name", "tin")
+    assert "no snapshot is named tin; there are: other, tiny" in listed.err
+    assert f"from snapshot {other[:8]} of other to back in" in filled("restore", "latest", "--to", "back").out
+    assert f"{other[:8]} of other to" in filled("restore", "latest", "--to", "back", "--dry-run").out
+
+
+def test_what_only_the_target_has_is_told_before_and_after(filled: Shell) -> None:
+    filled("restore", "latest", "--to", "back")
+    (filled.folder / "back" / "mine").write_text("mine")
+    plan = filled("restore", "latest", "--to", "back", "--dry-run").out
+    assert re.search(r"moved away +4 B  mine\n", plan)
+    assert "Only at the target, and not in the snapshot: 1 item, 4 B; would be moved away.\n" in plan
+    (filled.folder / "back" / "config.json").write_text("changed")
+    merged = filled("restore", "latest", "--to", "back", "--include", "*.json").out
+    assert "Kept beside the new ones, as NAME.before-<time>: 1 old item." in merged
+    one = filled("restore", "latest", "--to", "one.safetensors", "--tensor", "head.*").out
+    assert "Restored 1 tensor, " in one
+
+
+def test_a_pattern_that_fits_nothing_is_told(filled: Shell) -> None:
+    ran = filled("restore", "latest", "--to", "back", "--include", "*.json", "--include", "*.jsn")
+    assert ran.err == "outlast: warning: the pattern '*.jsn' fits nothing.\n"
+    assert (filled.folder / "back" / "config.json").exists()
+
+
+def test_a_hint_that_is_a_command_can_be_pasted(filled: Shell) -> None:
+    save_file({f"layer{n:03}": np.zeros(4, np.float32) for n in range(30)}, filled.folder / "model" / "step 1.st")
+    filled("backup", "model")
+    shown = filled("show", "latest").out
+    hint = re.search(r"`outlast (show [0-9a-f]{8} '(?:model/)?step 1\.st')` lists all", shown)
+    assert hint, shown
+    assert "layer029" in filled(*shlex.split(hint[1])).out
+
+
+def test_folders_and_links_are_not_counted_as_files_in_a_diff(filled: Shell) -> None:
+    first = filled("snapshots", "--json").json[0]["id"]
+    (filled.folder / "model" / "folder").mkdir()
+    (filled.folder / "model" / "link").symlink_to("config.json")
+    (filled.folder / "model" / "folder" / "file").write_text("new")
+    filled("backup", "model")
+    text = filled("diff", first, "latest").out
+    assert "Files: 1 added, 0 removed, 0 changed (" in text
+    assert "Folders: 1 added, 0 removed," in text
+    assert "Links: 1 added, 0 removed, 0 changed\n" in text
 
 
 def test_no_repository_named(shell: Shell) -> None:
@@ -307,9 +393,12 @@ def test_check_names_what_a_flipped_bit_costs(filled: Shell) -> None:
     assert report["damaged"][0]["files"]
     text = filled("check", "--data", "all", code=20).out
     assert re.search(rf"Damaged: \S*{pack.name}: .*\n  snapshots: [0-9a-f]{{8}}\n  files: ", text)
+    assert "To heal what the source still has: `outlast backup --full PATH`" in text
     lost = filled("restore", "latest", "--to", "out", "--json", code=20).json["error"]
     assert lost["kind"] == "corrupt"
     assert not (filled.folder / "out").exists()
+    filled("backup", "--full", "model", "--name", "tiny")
+    filled("restore", "latest", "--to", "out")
 
 
 @pytest.mark.parametrize("newest", [False, True])
@@ -417,6 +506,21 @@ def test_a_passphrase_for_a_repository_that_is_not_encrypted_is_refused(filled: 
     assert sorted((filled.folder / "repo").rglob("*")) == before
 
 
+def test_a_passphrase_without_encrypt_makes_no_plain_repository(shell: Shell) -> None:
+    ran = shell("init", code=2, OUTLAST_PASSPHRASE=PASSPHRASE)
+    assert "a passphrase was given, but not --encrypt" in ran.err
+    assert not (shell.folder / "repo").exists()
+
+
+def test_an_empty_passphrase_is_called_empty(shell: Shell) -> None:
+    shell("init", "--encrypt", OUTLAST_PASSPHRASE=PASSPHRASE)
+    assert "the passphrase is empty" in shell("snapshots", code=12, OUTLAST_PASSPHRASE="").err
+    import outlast
+
+    with pytest.raises(outlast.OutlastError, match="the passphrase is empty"):
+        outlast.open(str(shell.folder / "repo"), passphrase="")
+
+
 def at_terminal(shell: Shell, arguments: Sequence[str], answers: Sequence[str]) -> tuple[int, str]:
     """Run on a terminal of its own; type an answer at each prompt. Returns exit code and screen."""
     child, terminal = pty.fork()
@@ -483,6 +587,38 @@ def test_a_signal_ends_in_a_sentence_about_what_is_safe(filled: Shell, number: s
     filled("backup", "model", "--repo", "sealed", OUTLAST_PASSPHRASE=PASSPHRASE)
 
 
+def test_a_second_signal_does_not_disturb_the_end(shell: Shell) -> None:
+    code = """
+import os, signal, sys
+from outlast.cli import command, main
+
+def wait(call):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        print("all was put away")
+
+command.add_command(main.app, wait)
+sys.exit(main.main(["wait"]))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout) == (130, "all was put away\n"), ran.stderr
+
+
+@pytest.mark.parametrize("form", [[], ["--json"], ["--json-lines"]])
+def test_a_closed_output_does_not_end_the_work(filled: Shell, form: list[str]) -> None:
+    command = shlex.join(filled.argv("backup", "model", *form))
+    ran = subprocess.run(
+        ["sh", "-c", f"{command} >&-"], cwd=filled.folder, env=filled.environment, stderr=subprocess.PIPE
+    )
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    assert len(filled("snapshots", "--json").json) == 2
+    assert filled("check", "--data", "all", "--json").json["ok"]
+
+
 def test_a_reader_that_has_seen_enough_is_no_error(filled: Shell) -> None:
     for number in range(3000):
         (filled.folder / "model" / f"file-with-a-rather-long-name-{number}").touch()
@@ -524,6 +660,11 @@ def test_help_documents_the_exit_codes(shell: Shell, command: str) -> None:
     assert "Exit codes: 0 done; 1 failed; 2 wrong usage;" in text
     for option in ("--repo", "--json", "--passphrase-file", "--debug"):
         assert option in text
+
+
+def test_h_is_help(shell: Shell) -> None:
+    assert shell("-h").out == shell("--help").out
+    assert shell("backup", "-h").out == shell("backup", "--help").out
 
 
 def test_help_loads_nothing_heavy(shell: Shell) -> None:

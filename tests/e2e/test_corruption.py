@@ -432,6 +432,15 @@ def test_a_pack_that_nobody_names_is_no_damage(world: World) -> None:
     report = checked(world, store)
     assert report.ok
     assert report.packs == len(world.names("packs/"))
+    assert (report.unreferenced_packs, report.unreferenced_bytes) == (1, 100)
+
+
+def test_packs_without_any_log_are_counted(world: World) -> None:
+    """As after a first backup that was killed, which is no damage, or after the loss of all of log/."""
+    packs = world.names("packs/")
+    store = store_of({name: data for name, data in world.objects.items() if name.startswith(("f", "k", "packs/"))})
+    report = checked(world, store)
+    assert (report.ok, report.snapshots, report.unreferenced_packs) == (True, 0, len(packs))
 
 
 def test_a_second_copy_of_a_chunk_is_used_and_counted(world: World, tmp_path: Path) -> None:

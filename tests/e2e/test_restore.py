@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random  # noqa: TID251  seeded
 import resource
 import signal
 import stat
+import subprocess
 import time  # noqa: TID251  a child process is killed after a while
 from collections.abc import Callable
 from pathlib import Path
@@ -238,6 +240,7 @@ def test_include_into_a_folder_replaces_those_files_and_no_other(
     assert report.bytes_fetched == len("small") + len("secret")
     kept = [name for name in os.listdir(target) if ".before-" in name]
     assert [(target / name).read_bytes() for name in kept] == [b"changed"]
+    assert (report.kept_files, report.kept_as) == (1, ""), "they are in many places, so no one path is named"
     found, whole = describe(target), describe(source)
     assert found.pop(b"deep/mine") and found.pop(os.fsencode(kept[0]))
     # The folders that hold something of the user's keep their own times.
@@ -307,6 +310,50 @@ def test_a_killed_restore_is_continued(
     assert [os.listdir(tmp_path / name) for name in beside(target)] == [["old"]]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+@pytest.mark.parametrize("bound", [False, True])
+def test_what_is_mounted_below_the_target_is_never_emptied(
+    repository: Repository, source: Path, tmp_path: Path, bound: bool
+) -> None:
+    snapshot = back_up(repository, source)
+    target, elsewhere = tmp_path / "target", tmp_path / "else where"
+    (target / "disk").mkdir(parents=True)
+    elsewhere.mkdir()
+    what = ["--bind", os.fspath(elsewhere)] if bound else ["-t", "tmpfs", "none"]
+
+    def work() -> None:
+        ctypes.CDLL(None).unshare(0x00020000)  # CLONE_NEWNS: what is mounted ends with this child
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        subprocess.run(["mount", *what, target / "disk"], check=True)
+        (target / "disk" / "file").write_bytes(b"of another place")
+        with pytest.raises(errors.Refused, match=r"mounted at .*target/disk\."):
+            run(repository, snapshot, target, overwrite=True)
+        with pytest.raises(OSError, match="mounted below"):
+            folder.remove_tree(os.fsencode(target))
+        assert (target / "disk" / "file").read_bytes() == b"of another place"
+
+    assert ended(in_child(work)) == 0
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_right_after_the_swap_and_without_its_journal_the_old_folder_is_not_lost(
+    repository: Repository, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    snapshot = back_up(repository, source)
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").write_bytes(b"old")
+    monkeypatch.setattr(restore, "_put_away", lambda old, kept: os.kill(os.getpid(), signal.SIGKILL))
+    assert ended(in_child(lambda: run(repository, snapshot, target))) == -signal.SIGKILL
+    monkeypatch.undo()
+    (tmp_path / ".target.outlast-lock").unlink()
+    if overwrite:
+        (target / "small.txt").unlink()
+    report = run(repository, snapshot, target, overwrite=overwrite)
+    assert describe(target) == describe(source) and os.listdir(report.kept_as) == ["old"]
+    assert beside(target) == [os.path.basename(report.kept_as)]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_killed_right_after_the_swap_the_old_folder_is_not_lost(
     repository: Repository, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
@@ -332,6 +379,7 @@ def test_what_a_killed_restore_left_is_not_trusted(repository: Repository, sourc
     (outside / "victim").write_bytes(bytes(300_000))
     left = Path(os.fsdecode(restore.plan(repository, snapshot, os.fsencode(target)).staging))
     left.mkdir()
+    left.with_name(left.name + ".building").touch()
     (left / "deep").symlink_to(outside)
     (left / "big.bin").symlink_to(outside / "victim")
     (left / "small.txt").mkdir()

@@ -208,10 +208,12 @@ def test_a_failure_says_how_far_it_came(
         assert "untouched" not in caught.value.message
     with monkeypatch.context() as patch:
         patch.setattr(restore, "_put_away", denied)
-        with pytest.raises(errors.Refused, match=r"restored as a whole; what it replaced is still in .*\.outlast-"):
-            run(repository, snapshot, target)
+        repository.sink = sink = ListSink()
+        report = run(repository, snapshot, target, overwrite=True)
     assert describe(target) == describe(source)
-    assert os.path.exists(run(repository, snapshot, target).kept_as)
+    assert os.listdir(report.kept_as) == ["old"]
+    [warning] = [event for event in sink.events if event.kind == "restore.old.kept"]
+    assert report.kept_as in warning.reason and "could not be removed" in warning.reason
 
 
 def test_where_nothing_can_be_exchanged_a_failed_second_step_is_taken_back(
@@ -257,4 +259,88 @@ def test_a_hole_is_believed_only_where_the_system_says_so(
     assert not restore.plan(repository, snapshot, os.fsencode(target)).unchanged
     run(repository, snapshot, target)
     monkeypatch.undo()
+    assert describe(target) == describe(source)
+
+
+# -- what a swap would take with it -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_plan_names_what_only_the_target_has(
+    repository: Repository, source: Path, tmp_path: Path, overwrite: bool
+) -> None:
+    snapshot = back_up(repository, source)
+    target = tmp_path / "target"
+    run(repository, snapshot, target)
+    (target / "deep" / "mine").write_bytes(b"mine")
+    (target / "small.txt").unlink()
+    (target / "hollow" / "inner").mkdir(parents=True)
+    what = "removed" if overwrite else "moved away"
+    plan = restore.plan(repository, snapshot, target_text := os.fspath(target), overwrite=overwrite)
+    extra = sorted(action for action in plan.actions if action[3] == what)
+    assert extra == [("deep/mine", 4, 0, what), ("hollow/inner", 0, 0, what)]
+    assert (plan.extra_files, plan.extra_bytes) == (2, 4)
+    part = restore.plan(repository, snapshot, target_text, include=["small.txt"], overwrite=overwrite)
+    assert (part.extra_files, [each[3] for each in part.actions]) == (0, ["new"]), "a merge removes nothing"
+
+
+def test_where_no_folder_can_be_exchanged_it_is_said_and_nothing_is_lost(
+    repository: Repository, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = back_up(repository, source)
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").write_bytes(b"old")
+
+    def refused(first: bytes, second: bytes) -> bool:
+        raise OSError(errno.EXDEV, "Invalid cross-device link", second)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(restore, "exchange", refused)
+        with pytest.raises(errors.Refused, match="can't be replaced as a whole on this file system"):
+            run(repository, snapshot, target)
+    assert os.listdir(target) == ["old"]
+    assert not any(name.endswith("-lock") for name in beside(target)), "no journal of a swap that never was"
+
+    def interrupted(first: bytes, second: bytes) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(restore, "exchange", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(repository, snapshot, target)
+    report = run(repository, snapshot, target)
+    assert report.bytes_fetched == 0, "what was built is used"
+    assert describe(target) == describe(source) and os.listdir(report.kept_as) == ["old"]
+    assert beside(target) == [os.path.basename(report.kept_as)]
+
+
+def test_an_empty_target_is_not_the_current_folder_and_a_replaced_one_is_said(
+    repository: Repository, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    back_up(repository, source)
+    target = tmp_path / "target"
+    (target / "inner").mkdir(parents=True)
+    monkeypatch.chdir(target / "inner")
+    with pytest.raises(errors.InvalidInput, match="the target is empty"):
+        restore.plan(repository, "latest", "")
+    repository.sink = sink = ListSink()
+    restore.execute(repository, restore.plan(repository, "latest", ".."))
+    [event] = [event for event in sink.events if event.kind == "restore.current_folder"]
+    assert "cd ." in event.reason and describe(target) == describe(source)
+
+
+@pytest.mark.parametrize("change", ["longer", "shorter"])
+def test_what_is_right_of_a_file_of_another_size_is_not_fetched(
+    repository: Repository, source: Path, tmp_path: Path, change: str
+) -> None:
+    snapshot = back_up(repository, source)
+    target = tmp_path / "target"
+    run(repository, snapshot, target)
+    with (target / "big.bin").open("r+b") as file:
+        file.truncate(400_000 if change == "longer" else 200_000)
+    plan = restore.plan(repository, snapshot, os.fspath(target))
+    assert next(action for action in plan.actions if action[0] == "big.bin")[3] == "repair"
+    report = restore.execute(repository, plan)
+    assert report.bytes_fetched == plan.bytes_to_fetch <= (0 if change == "longer" else 100_000 + 16384)
     assert describe(target) == describe(source)

@@ -84,6 +84,7 @@ def test_only_the_chunks_that_are_needed_are_fetched(
 ) -> None:
     weights["huge"] = torch.randn(1 << 20)
     save_file(weights, source / "model.safetensors")
+    (tmp_path / "out").mkdir()
     report = run(repository, source, ["layer.0.bias"], tmp_path / "out")
     assert same(load_file(tmp_path / "out" / "tensors.safetensors"), {"layer.0.bias": weights["layer.0.bias"]})
     assert report.bytes_fetched < 64 << 10
@@ -181,3 +182,32 @@ def test_a_damaged_file_is_named_and_can_be_left_out(
         restore_tensors(repository, snapshot, ["layer.*"], os.fsencode(tmp_path / "x.safetensors"))
     restore_tensors(repository, snapshot, ["layer.*"], os.fsencode(tmp_path / "x.safetensors"), include=["good.*"])
     assert load_file(tmp_path / "x.safetensors").keys() == {"layer.0.weight", "layer.0.bias", "layer.1.weight"}
+
+
+def test_a_target_that_is_no_name_for_such_a_file_is_said(
+    repository: Repository, source: Path, tmp_path: Path, weights: dict[str, Any]
+) -> None:
+    save_file(weights, source / "model.safetensors")
+    snapshot = back_up(repository, source)
+    for target, reason in [(tmp_path / "x.bin", "no name for a file of tensors"), ("", "target is empty")]:
+        with pytest.raises(errors.InvalidInput, match=reason):
+            restore_tensors(repository, snapshot, ["count"], os.fspath(target))
+    assert sorted(os.listdir(tmp_path)) == ["repository", "source"]
+
+
+def test_the_report_names_what_was_written_under_which_name_and_what_could_not_be(
+    repository: Repository, source: Path, tmp_path: Path
+) -> None:
+    save_file({"w": torch.ones(9)}, source / "one.safetensors")
+    torch.save({"w": torch.zeros(9), "c": torch.zeros(3, dtype=torch.complex128)}, source / "two.pt")
+    save_file({"v": torch.ones(2)}, source / "three.safetensors")
+    report = run(repository, source, ["*"], tmp_path / "x.safetensors")
+    assert (
+        sorted(report.tensors)
+        == sorted(load_file(tmp_path / "x.safetensors"))
+        == ["one.safetensors/w", "two.pt/w", "v"]
+    )
+    assert report.renamed == {"one.safetensors/w": "w", "two.pt/w": "w"}
+    assert report.path == os.fspath(tmp_path / "x.safetensors")
+    [skipped] = report.skipped
+    assert skipped.path == "two.pt:c" and "C128" in skipped.reason and "nothing was written" not in skipped.reason

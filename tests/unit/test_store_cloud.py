@@ -117,21 +117,72 @@ def test_a_missing_bucket_is_named(s3: str) -> None:
         lambda: store.get("format"),
         lambda: list(store.list("")),
     ):
-        with pytest.raises(NotFound, match="bucket of s3://no-such-bucket/prefix does not exist"):
+        with pytest.raises(NotFound, match="the bucket no-such-bucket of s3://no-such-bucket/prefix does not exist"):
             call()
 
 
 def test_a_dead_endpoint_is_unavailable_and_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, text in S3_ENVIRONMENT.items():
         monkeypatch.setenv(key, text)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    port = free_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     store = open_store("s3://bucket/prefix", clock=ManualClock())
     with pytest.raises(Unavailable) as caught:
         store.get("format")
     shown = "".join(traceback.format_exception(caught.value))
-    assert "s3://bucket/prefix did not read format" in shown
+    assert caught.value.message == f"can't reach http://127.0.0.1:{port} (connection refused)."
     assert "test-secret" not in shown
     assert "test-key-id" not in shown
+
+
+@pytest.mark.parametrize(
+    ("address", "right"),
+    [
+        ("127.0.0.1:5123", "http://127.0.0.1:5123"),
+        ("localhost:5123", "http://localhost:5123"),
+        ("http://", "http://"),
+    ],
+)
+def test_an_endpoint_that_is_no_url_is_refused_and_corrected(
+    address: str, right: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    with pytest.raises(InvalidInput) as caught:
+        CloudStore("s3://bucket")
+    assert f"AWS_ENDPOINT_URL {address!r} is not a URL; write {right}" in caught.value.message
+
+
+def test_an_empty_endpoint_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "")
+    assert CloudStore("s3://bucket").url == "s3://bucket"
+
+
+def test_a_panic_of_the_library_becomes_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        pass
+
+    class Panics:
+        def get(self, *_: object) -> None:
+            raise PanicException("called `Result::unwrap()` on an `Err` value")
+
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    store = CloudStore("s3://bucket")
+    store._api = Panics()
+    with pytest.raises(Unavailable, match="did not read the object `format`"):
+        store.get("format")
+
+
+def test_missing_keys_are_said_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from obstore.exceptions import PermissionDeniedError
+
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    error = _translate(PermissionDeniedError("status code: 403 Forbidden"), "read", "format", "s3://bucket")
+    assert error.message.startswith("no AWS credentials were found")
+    assert "AWS_ACCESS_KEY_ID" in error.hint
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    error = _translate(PermissionDeniedError("status code: 403 Forbidden"), "read", "format", "s3://bucket")
+    assert "does not let us read the object `format` (HTTP 403)" in error.message
 
 
 @pytest.mark.parametrize(
@@ -170,7 +221,7 @@ def test_signed_addresses_never_reach_a_message() -> None:
 
     exc = GenericError("Error performing GET https://u:pw@host/c/pack?sv=1&sig=KEYSECRET in 3ms - HTTP error: timeout")
     error = _translate(exc, "read", "pack", "az://c")
-    assert "timeout" in error.message
+    assert error.message == "az://c did not read the object `pack` (HTTP error: timeout)."
     assert "KEYSECRET" not in error.message
     assert "pw@" not in error.message
 

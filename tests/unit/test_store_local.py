@@ -320,15 +320,37 @@ def test_kill_9_in_mid_put_leaves_nothing_half_visible(tmp_path: Path) -> None:
 
 def test_leftovers_of_killed_processes_go_after_a_day(tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
-    for name, age_seconds in [("old", 25 * 3600), ("young", 23 * 3600)]:
+    old, young = "a" * 32, "b" * 32
+    for name, age_seconds in [(old, 25 * 3600), (young, 23 * 3600)]:
         (tmp_path / "tmp" / name).write_bytes(b"x")
         then = SYSTEM_CLOCK.now_ns() - age_seconds * 10**9
         os.utime(tmp_path / "tmp" / name, ns=(then, then))
     store = LocalStore(str(tmp_path), clock=ManualClock())  # a host clock that is years off changes nothing
     assert list(store.list("")) == []
-    assert sorted(temporary_files(tmp_path)) == ["old", "young"], "a read must not clean up"
+    assert sorted(temporary_files(tmp_path)) == [old, young], "a read must not clean up"
     store.put("object", [b"x"])
-    assert temporary_files(tmp_path) == ["young"]
+    assert temporary_files(tmp_path) == [young]
+
+
+def test_only_our_own_leftovers_are_ever_removed(tmp_path: Path) -> None:
+    """Once a repository in the root directory emptied /tmp."""
+    LocalStore(str(tmp_path)).put("format", [b"x"])
+    for name in ("thesis.tex", "A" * 32, "a" * 33, ".hidden"):
+        (tmp_path / "tmp" / name).write_bytes(b"precious")
+        os.utime(tmp_path / "tmp" / name, ns=(0, 0))
+    (tmp_path / "tmp" / ("c" * 32)).mkdir()
+    os.utime(tmp_path / "tmp" / ("c" * 32), ns=(0, 0))
+    before = sorted(temporary_files(tmp_path))
+    LocalStore(str(tmp_path)).put("object", [b"x"])
+    assert sorted(temporary_files(tmp_path)) == before
+
+
+def test_no_store_is_begun_around_a_foreign_folder_tmp(tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp" / "thesis.tex").write_bytes(b"precious")
+    with pytest.raises(Refused, match=r"is not empty \(.*/tmp/thesis.tex is there\); nothing was changed"):
+        LocalStore(str(tmp_path)).put_if_absent("format", [b"x"])
+    assert [path.name for path in tmp_path.rglob("*")] == ["tmp", "thesis.tex"]
 
 
 def test_nothing_is_created_before_the_first_put(tmp_path: Path) -> None:

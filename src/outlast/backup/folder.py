@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import stat
 import threading
@@ -132,14 +133,45 @@ class Folder:
 
 
 def remove_tree(path: bytes, dir_fd: int | None = None) -> None:
-    """Remove a folder with everything in it, read-only folders included; follows no symlinks."""
-    if os.geteuid() != 0:
+    """Remove a folder with everything in it, read-only folders included; follows no symlinks.
+
+    Raises `OSError` (EXDEV), with nothing removed, where something is mounted below it: the files
+    there belong to another place.
+    """
+    mine = os.geteuid() != 0
+    if mine:
         os.chmod(path, PRIVATE, dir_fd=dir_fd)
-        for _, folders, _, fd in os.fwalk(path, dir_fd=dir_fd):
+    top = os.open(path, _FOLDER, dir_fd=dir_fd)
+    try:
+        device = os.fstat(top).st_dev
+        mounted = mount_below(b"/proc/self/fd/%d" % top)
+        for where, folders, _, fd in os.fwalk(b".", dir_fd=top):
             for name in folders:
-                if not stat.S_ISLNK(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
+                found = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                if found.st_dev != device:
+                    mounted = os.path.join(where, name)
+                elif mine and not stat.S_ISLNK(found.st_mode):
                     os.chmod(name, PRIVATE, dir_fd=fd)
+            if mounted is not None:
+                raise OSError(errno.EXDEV, "something is mounted below it", mounted)
+    finally:
+        os.close(top)
     shutil.rmtree(path, dir_fd=dir_fd)
+
+
+def mount_below(path: bytes) -> bytes | None:
+    """A mount point below a folder, bind mounts too; None where there is none or no list of them (proc(5))."""
+    start = os.path.realpath(path) + b"/"
+    try:
+        with open("/proc/self/mountinfo", "rb") as file:
+            points = [line.split(b" ")[4] for line in file]
+    except OSError:
+        return None
+    for point in points:
+        plain = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), point)
+        if plain.startswith(start):
+            return plain
+    return None
 
 
 class Metadata:

@@ -11,8 +11,8 @@ from outlast.backup.restore_plan import RestorePlan, Selected, kept_name
 from outlast.errors import Corrupt
 
 
-def merge(plan: RestorePlan, entries: Iterator[Selected], skipped: Container[bytes], metadata: Metadata) -> bool:
-    """Move what was built in the staging folder to its places; returns whether anything old was kept.
+def merge(plan: RestorePlan, entries: Iterator[Selected], skipped: Container[bytes], metadata: Metadata) -> int:
+    """Move what was built in the staging folder to its places; returns how many old ones were kept.
 
     Every file is replaced by one rename, so that at any instant either version is there.
     """
@@ -41,7 +41,7 @@ def merge(plan: RestorePlan, entries: Iterator[Selected], skipped: Container[byt
                 os.fsync(fd)
             finally:
                 os.close(fd)
-    return step.kept_any
+    return step.kept_files
 
 
 class _Merge:
@@ -49,7 +49,7 @@ class _Merge:
         self._plan = plan
         self._staging = staging
         self._target = target
-        self.kept_any = False
+        self.kept_files = 0
 
     def make_folder(self, raw: bytes) -> bool:
         """Whether it had to be made."""
@@ -89,7 +89,7 @@ class _Merge:
             self._target.remove(raw)
             return
         kept = kept_name(os.path.join(self._plan.target, raw), self._plan.stamp).rpartition(b"/")[2]
-        self.kept_any = True
+        self.kept_files += 1
         if not is_folder:
             try:
                 os.link(name, kept, src_dir_fd=at, dst_dir_fd=at, follow_symlinks=False)

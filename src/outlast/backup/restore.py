@@ -40,7 +40,7 @@ from outlast.repo.repository import Repository
 __all__ = ["RestorePlan", "RestoreReport", "Skipped", "execute", "plan"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
+_DENIED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EXDEV}
 _JOURNAL_BYTES_MAX = 1 << 16
 
 
@@ -67,7 +67,16 @@ class RestoreReport(msgspec.Struct):
     verified: bool
     seconds: float
     kept_as: str
+    """where the folder or file that was there before is; empty where there is none, and after a merge"""
     skipped: list[Skipped] = []
+    kept_files: int = 0
+    """of a merge: how many old files and folders are kept beside their originals, as `NAME.before-<time>`"""
+    path: str = ""
+    """the folder or file that was restored"""
+    tensors: list[str] = []
+    """of a restore of tensors: their names in the file"""
+    renamed: dict[str, str] = {}
+    """of those tensors, the ones that have another name there than in the snapshot, and that name"""
 
 
 class _Journal(msgspec.Struct):
@@ -88,9 +97,9 @@ def execute(repository: Repository, plan: RestorePlan) -> RestoreReport:
     started = repository.clock.monotonic_seconds()
     metadata = Metadata()
     skipped: dict[bytes, str] = {}
-    fetched = 0
+    fetched = kept_files = 0
     with translated(plan.target, plan.bytes, plan.staging) as stage, exclusive(plan.target) as lock:
-        kept = _finish_swap(repository, plan, lock)
+        kept = _finish_swap(repository, plan, lock) or _rescue(repository, plan)
         if not plan.unchanged:
             if (plan.mode == "new") == os.path.lexists(plan.target):
                 raise Refused(
@@ -98,11 +107,16 @@ def execute(repository: Repository, plan: RestorePlan) -> RestoreReport:
                 )
             built = _build(repository, plan, metadata)
             fetched, skipped = built.bytes_fetched, built.skipped
-            kept = _put_in_place(repository, plan, lock, built, metadata, stage) or kept
+            if plan.mode == "merge":
+                kept_files = _merge(repository, plan, built, metadata, stage)
+            else:
+                kept = _put_in_place(repository, plan, lock, built, stage) or kept
         else:
             skipped = _without_content(repository, plan)
-            if os.path.lexists(plan.staging):
+            if plan.is_building:
                 remove_tree(plan.staging)
+        with suppress(FileNotFoundError):
+            os.unlink(plan.marker)
     return RestoreReport(
         snapshot=plan.snapshot.id,
         files=plan.files,
@@ -115,6 +129,8 @@ def execute(repository: Repository, plan: RestorePlan) -> RestoreReport:
             *(Skipped(shown(raw), reason) for raw, reason in skipped.items()),
             *(Skipped(path, reason) for path, reason in metadata.failed),
         ],
+        kept_files=kept_files,
+        path=shown(plan.target),
     )
 
 
@@ -209,7 +225,11 @@ def _finish_swap(repository: Repository, plan: RestorePlan, lock: int) -> bytes:
         found = os.lstat(staging)
         if (found.st_dev, found.st_ino) == (journal.device, journal.inode):
             taken = os.path.lexists(kept)
-            kept_as = _put_away(staging, kept_name(plan.target, plan.stamp) if kept and taken else kept)
+            kept_as = _clear_away(
+                repository, plan, staging, kept_name(plan.target, plan.stamp) if kept and taken else kept
+            )
+        elif staging == plan.staging:
+            _mark(plan)  # killed just before the swap, so this is what was built
     os.ftruncate(lock, 0)
     return kept_as
 
@@ -236,6 +256,55 @@ def _without_content(repository: Repository, plan: RestorePlan) -> dict[bytes, s
         elif entry.type == "hardlink" and entry.raw_target in found:
             found[raw] = f"it is one file with {entry.target}: {found[entry.raw_target]}"
     return found
+
+
+def _rescue(repository: Repository, plan: RestorePlan) -> bytes:
+    """Put away what has the name of the staging folder and isn't one; returns where it went.
+
+    It is the user's old folder, if a restore was killed after its swap and the journal is lost.
+    """
+    try:
+        found = os.lstat(plan.staging)
+    except FileNotFoundError:
+        return b""
+    if plan.is_building or not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        return b""
+    with suppress(OSError):
+        os.rmdir(plan.staging)
+        return b""
+    kept_as = _put_away(plan.staging, kept_name(plan.target, plan.stamp))
+    reason = f"{shown(plan.staging)} may be what an earlier restore replaced; it is kept as {shown(kept_as)}."
+    repository.sink.event(Event("restore.old.kept", reason, {"kept_as": shown(kept_as)}))
+    return kept_as
+
+
+def _mark(plan: RestorePlan) -> None:
+    """Say that the staging folder is being built, see `RestorePlan.marker`."""
+    with suppress(FileNotFoundError):
+        os.unlink(plan.marker)
+    os.close(os.open(plan.marker, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+
+
+def _clear_away(repository: Repository, plan: RestorePlan, old: bytes, kept_as: bytes) -> bytes:
+    """Put the old folder away after a swap: the target is right, so a failure is only a warning."""
+    try:
+        return _put_away(old, kept_as)
+    except OSError as exc:
+        where = old
+        with suppress(OSError):
+            aside = kept_name(plan.target, plan.stamp)
+            os.rename(old, aside)
+            where = aside
+        if not os.path.lexists(where):
+            where = kept_as
+        reason = (
+            f"{shown(plan.target)} is restored as a whole, but what it replaced could not be "
+            f"{'moved' if kept_as else 'removed'}: {exc.strerror or exc}."
+        )
+        if where:
+            reason += f" It is kept as {shown(where)}."
+        repository.sink.event(Event("restore.old.kept", reason, {"kept_as": shown(where)}))
+        return where
 
 
 def _put_away(old: bytes, kept_as: bytes) -> bytes:
@@ -274,21 +343,20 @@ def _build(repository: Repository, plan: RestorePlan, metadata: Metadata) -> Sta
 
 def _open_staging(plan: RestorePlan) -> bool:
     """Make the staging folder, or take over the one of a killed restore; returns whether it was there."""
-    try:
+    resumed = plan.is_building
+    if not resumed:
+        if os.path.lexists(plan.staging):
+            raise Refused(
+                f"{shown(plan.staging)} is in the way: it is no folder of a restore by this user.",
+                hint="See what it is, and move it away.",
+            )
+        _mark(plan)
         os.mkdir(plan.staging, 0o700)
         os.chmod(plan.staging, 0o700)  # a parent with setgid would pass it on
         with suppress(PermissionError):
             os.chown(plan.staging, -1, os.getegid())
-        return False
-    except FileExistsError:
-        found = os.lstat(plan.staging)
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            raise Refused(
-                f"{shown(plan.staging)} is in the way: it is no folder of a restore by this user.",
-                hint="See what it is, and move it away.",
-            ) from None
-        os.chmod(plan.staging, 0o700)
-        return True
+    os.chmod(plan.staging, 0o700)
+    return resumed
 
 
 def _warn_of_space(repository: Repository, plan: RestorePlan) -> None:
@@ -316,17 +384,19 @@ def _lost(plan: RestorePlan, lost: dict[str, OutlastError]) -> OutlastError:
     )
 
 
-def _put_in_place(
-    repository: Repository, plan: RestorePlan, lock: int, built: Staging, metadata: Metadata, stage: Stage
-) -> bytes:
+def _merge(repository: Repository, plan: RestorePlan, built: Staging, metadata: Metadata, stage: Stage) -> int:
+    """The files go to their places one by one; returns how many old ones are kept."""
+    what = shown(plan.target)
+    stage.safe = f"Each file in {what} is whole: some are restored already, the others as they were."
+    kept_files = merge(plan, plan.entries(repository), built.skipped, metadata)
+    remove_tree(plan.staging)
+    sync_folder(os.path.dirname(plan.target))
+    return kept_files
+
+
+def _put_in_place(repository: Repository, plan: RestorePlan, lock: int, built: Staging, stage: Stage) -> bytes:
     """The moment at which the target changes; returns where what it replaced is kept."""
     parent, what = os.path.dirname(plan.target), shown(plan.target)
-    if plan.mode == "merge":
-        stage.safe = f"Each file in {what} is whole: some are restored already, the others as they were."
-        kept_any = merge(plan, plan.entries(repository), built.skipped, metadata)
-        remove_tree(plan.staging)
-        sync_folder(parent)
-        return plan.target + b"/**/*.before-" + plan.stamp.encode() if kept_any else b""
     if plan.mode == "new":
         os.rename(plan.staging, plan.target)
         stage.safe = f"{what} is restored as a whole."
@@ -340,27 +410,54 @@ def _put_in_place(
     journal = _Journal(plan.staging.hex(), found.st_dev, found.st_ino, kept_as.hex())
     os.pwrite(lock, msgspec.json.encode(journal), 0)
     os.fsync(lock)
+    os.unlink(plan.marker)
     sync_folder(parent)
+    within = _is_current_folder(plan.target)
+    try:
+        old = _swap(plan, kept_as, stage)
+    except OSError as exc:
+        if os.path.lexists(plan.target) and os.path.samestat(os.lstat(plan.target), found):
+            _mark(plan)
+            os.ftruncate(lock, 0)
+            if exc.errno in {errno.EXDEV, errno.EBUSY}:
+                raise Refused(
+                    f"{what} can't be replaced as a whole on this file system: {exc.strerror}. {stage.safe}",
+                    hint=f"Restore to a new folder. {shown(plan.staging)} is what was built, and can be removed.",
+                ) from exc
+        raise
+    if within:
+        reason = f"{what}, in which this command runs, was replaced; run `cd .` to be in the restored one."
+        repository.sink.event(Event("restore.current_folder", reason, {"target": what}))
+    sync_folder(parent)
+    return kept_as if old == kept_as else _clear_away(repository, plan, old, kept_as)
+
+
+def _swap(plan: RestorePlan, kept_as: bytes, stage: Stage) -> bytes:
+    """Exchange the staging folder and the target; returns where the old folder now is."""
+    what = shown(plan.target)
     restored = f"{what} is restored as a whole; what it replaced is still in "
     if exchange(plan.staging, plan.target):
         stage.safe = f"{restored}{shown(plan.staging)}, and the next restore to this place puts it away."
-        sync_folder(parent)
-        _put_away(plan.staging, kept_as)
-    else:
-        aside = kept_as or kept_name(plan.target, plan.stamp)
-        os.rename(plan.target, aside)
-        try:
-            os.rename(plan.staging, plan.target)
-        except OSError:
-            stage.safe = f"What was there is in {shown(aside)}."
-            os.rename(aside, plan.target)
-            stage.safe = f"{what} is as it was."
-            raise
-        stage.safe = f"{restored}{shown(aside)}."
-        sync_folder(parent)
-        if not keep:
-            remove_tree(aside)
-    return kept_as
+        return plan.staging
+    aside = kept_as or kept_name(plan.target, plan.stamp)
+    os.rename(plan.target, aside)
+    try:
+        os.rename(plan.staging, plan.target)
+    except OSError:
+        stage.safe = f"What was there is in {shown(aside)}."
+        os.rename(aside, plan.target)
+        stage.safe = f"{what} is as it was."
+        raise
+    stage.safe = f"{restored}{shown(aside)}."
+    return aside
+
+
+def _is_current_folder(target: bytes) -> bool:
+    """Whether this process, and so most likely the shell it was started from, is in that folder."""
+    try:
+        return (os.getcwdb() + b"/").startswith(target + b"/")
+    except FileNotFoundError:
+        return False
 
 
 class Stage:

@@ -14,31 +14,19 @@ from typing import Literal
 import msgspec
 
 from outlast import records
-from outlast.backup.folder import Folder, Metadata
+from outlast.backup.folder import Folder, Metadata, mount_below
 from outlast.backup.selection import matcher
 from outlast.backup.verify import Place, holes_are_zero, wrong_places
-from outlast.errors import Corrupt, InvalidInput, NotFound, Refused
+from outlast.errors import InvalidInput, NotFound, Refused
 from outlast.events import Event
 from outlast.records import Entry, Snapshot
-from outlast.repo.pack import CHUNK_BYTES_MAX
+from outlast.repo.manifest import validated
 from outlast.repo.repository import Repository, chunk_offsets
 from outlast.store.layers import own_folder
 
 BATCH_CHUNKS = 1 << 17
 BATCH_ENTRIES = 1 << 17
 HASHING_THREADS = 4
-_SIZE_MAX = (1 << 63) - 1
-_TIME_NS_MAX = (1 << 63) * 1_000_000_000 - 1
-"""what time_t, in seconds, can hold"""
-_RANGES = {
-    "mode": (0, 0o177777),
-    "uid": (0, (1 << 32) - 2),  # the last number means "leave it" to chown(2)
-    "gid": (0, (1 << 32) - 2),
-    "mtime_ns": (-_TIME_NS_MAX, _TIME_NS_MAX),
-    "ctime_ns": (-_TIME_NS_MAX, _TIME_NS_MAX),
-    "size": (0, _SIZE_MAX),
-    "inode": (0, (1 << 64) - 1),
-}
 _NAME_BYTES_MAX = 255
 
 _KINDS = {
@@ -49,7 +37,7 @@ _KINDS = {
     "fifo": stat.S_IFIFO,
 }
 
-Action = tuple[str, int, int, Literal["new", "repair", "present", "skipped"]]
+Action = tuple[str, int, int, Literal["new", "repair", "present", "skipped", "removed", "moved away"]]
 """(path, bytes, bytes to fetch, what happens to it)"""
 
 Path = bytes
@@ -81,6 +69,9 @@ class RestorePlan(msgspec.Struct):
     """the target is already what it should become"""
     kept: list[Selected] | None = None
     """all entries, when they are few enough to be kept in memory"""
+    extra_files: int = 0
+    """files and empty folders that only the target has, and that a swap removes or moves away"""
+    extra_bytes: int = 0
 
     def entries(self, repository: Repository) -> Iterator[Selected]:
         """What is to be restored, in `path_order`."""
@@ -92,6 +83,24 @@ class RestorePlan(msgspec.Struct):
     def staging(self) -> Path:
         """The folder beside the target in which the restore is built, and continued when it was killed."""
         return beside(self.target, f".outlast-{self.snapshot.id[:12]}")
+
+    @property
+    def marker(self) -> Path:
+        """The file that says: `staging` is being built. It is gone, durably, before the swap.
+
+        After the swap `staging` is the name of the user's old folder, which nobody may take over.
+        """
+        return beside(self.target, f".outlast-{self.snapshot.id[:12]}.building")
+
+    @property
+    def is_building(self) -> bool:
+        """Whether what has the name `staging` is an unfinished restore of this user, and nothing else."""
+        try:
+            marker, found = os.lstat(self.marker), os.lstat(self.staging)
+        except FileNotFoundError:
+            return False
+        ours = marker.st_uid == found.st_uid == os.geteuid()
+        return ours and stat.S_ISREG(marker.st_mode) and stat.S_ISDIR(found.st_mode)
 
 
 def beside(path: bytes, ending: str) -> bytes:
@@ -136,13 +145,13 @@ def shown(path: bytes) -> str:
 
 def plan(
     repository: Repository,
-    snapshot: Snapshot,
+    snapshot: Snapshot | str,
     target: bytes | str,
     *,
     include: Sequence[str] = (),
     overwrite: bool = False,
 ) -> RestorePlan:
-    """Work out a restore of `snapshot` to the folder `target`, without changing anything.
+    """Work out a restore of `snapshot` (or its id, or `latest`) to the folder `target`; changes nothing.
 
     A snapshot of one folder makes `target` that folder; one of files or of several folders puts
     them into it. With `include`, or into a folder that the snapshot does not describe as a whole,
@@ -151,7 +160,9 @@ def plan(
     Raises `InvalidInput`, `NotFound` (nothing fits `include`), `Refused` (a target that can't be
     replaced safely) or `Corrupt` (a manifest that could reach outside the target).
     """
-    path = os.path.realpath(os.fsencode(target))
+    path = real_target(target)
+    if isinstance(snapshot, str):
+        snapshot = repository.find_snapshot(snapshot)
     exists = _check_target(path)
     _warn_of_source(repository, snapshot, path)
     entries = selected(repository, snapshot, include)
@@ -169,6 +180,9 @@ def plan(
             f"{shown(path)} is a mount point, which can't be replaced at one instant; nothing was changed.",
             hint="Restore into a folder inside it.",
         )
+    mounted = mount_below(path) if mode == "swap" else None
+    if mounted is not None:
+        raise _mounted(path, mounted)
     stamp = stamp_text(repository.clock.now_ns())
     replaced = mode == "swap" and not overwrite and bool(os.listdir(path))
     result = RestorePlan(
@@ -179,6 +193,21 @@ def plan(
     if result.unchanged:
         result.kept_as = None
     return result
+
+
+def real_target(target: bytes | str) -> bytes:
+    """The absolute path of a target, symlinks followed. Raises `InvalidInput`."""
+    path = os.fsencode(target)
+    if not path:
+        raise InvalidInput("the target is empty; nothing was changed.", hint="Name a folder; `.` is the current one.")
+    return os.path.realpath(path)
+
+
+def _mounted(path: bytes, mounted: bytes) -> Refused:
+    return Refused(
+        f"{shown(path)} can't be replaced as a whole: something is mounted at {shown(mounted)}. Nothing was changed.",
+        hint="Unmount it first, or restore to a new folder and move what you need.",
+    )
 
 
 def _check_target(path: bytes) -> bool:
@@ -277,104 +306,12 @@ def selected(repository: Repository, snapshot: Snapshot, include: Sequence[str])
 
 def checked(repository: Repository, snapshot: Snapshot) -> Iterator[Selected]:
     """The manifest, refused with `Corrupt` as soon as an entry could reach outside the target."""
-    last, root = b"", True
-    folders = [b""]
-    entries = repository.entries(snapshot)
-    while True:
-        try:
-            entry = next(entries, None)
-        except msgspec.DecodeError as exc:
-            raise Corrupt(f"the manifest of snapshot {snapshot.id[:12]} can't be read: {exc}.") from exc
-        if entry is None:
-            return
-        raw = entry.raw_path
-        if raw == b"." and root and entry.type == "dir":
-            root = False
-            _check_numbers(snapshot, entry)
-            yield raw, entry
-            continue
-        root = False
-        if not is_safe(raw):
-            raise _bad(snapshot, entry, "is not a path inside a folder")
-        order = records.path_order(raw)
-        if order <= last:
-            raise _bad(snapshot, entry, "is out of order or there twice")
-        last = order
-        _check_numbers(snapshot, entry)
-        head = raw.rpartition(b"/")[0]
-        while folders and folders[-1] != head:
-            folders.pop()
-        if not folders:
-            raise _bad(snapshot, entry, "lies in something that is not a folder of the snapshot")
-        if entry.type == "dir":
-            folders.append(raw)
-        elif entry.type == "file":
-            _check_content(snapshot, entry)
-        elif entry.type == "symlink" and (not entry.target or b"\0" in entry.raw_target):
-            raise _bad(snapshot, entry, "is a symlink to a name that can't exist")
-        elif entry.type == "hardlink" and (
-            not is_safe(entry.raw_target) or records.path_order(entry.raw_target) >= order
-        ):
-            raise _bad(snapshot, entry, f"is linked to {entry.target!r}, which is not an earlier file")
-        yield raw, entry
+    return validated(repository.entries(snapshot), snapshot.id)
 
 
 def why_without_content(entry: Entry) -> str:
     """What a restore says about an entry of the type `unreadable`."""
     return f"it could not be read when it was backed up: {entry.reason}"
-
-
-def is_safe(raw: bytes) -> bool:
-    """Whether a path stays below the folder that it is relative to, as far as its text tells."""
-    if b"\0" in raw or not raw:
-        return False
-    return not any(part in (b"", b".", b"..") for part in raw.split(b"/"))
-
-
-def _check_numbers(snapshot: Snapshot, entry: Entry) -> None:
-    for name, (low, high) in _RANGES.items():
-        if not low <= getattr(entry, name) <= high:
-            raise _bad(snapshot, entry, f"has an impossible {name}, {getattr(entry, name)}")
-
-
-def _check_content(snapshot: Snapshot, entry: Entry) -> None:
-    if len(entry.chunks) == 1 and not entry.holes:
-        chunk, length = entry.chunks[0]
-        if length == entry.size and 0 < length <= CHUNK_BYTES_MAX and _is_id(chunk):
-            return
-        raise _bad(snapshot, entry, "has chunks that don't make up its size")
-    at = 0
-    for offset, length in entry.holes:
-        if offset < at or length <= 0:
-            raise _bad(snapshot, entry, "has holes that overlap")
-        at = offset + length
-    total = sum(length for _, length in entry.chunks) + sum(length for _, length in entry.holes)
-    if total != entry.size or not at <= entry.size <= _SIZE_MAX:
-        raise _bad(snapshot, entry, "has chunks that don't make up its size")
-    if not all(0 < length <= CHUNK_BYTES_MAX and _is_id(chunk) for chunk, length in entry.chunks):
-        raise _bad(snapshot, entry, "names chunks that can't exist")
-    starts = {offset + length for offset, length in chunk_spans(entry)} | {0} | {a + b for a, b in entry.holes}
-    if any(offset not in starts for offset, _ in entry.holes):
-        raise _bad(snapshot, entry, "has a hole in the middle of a chunk")
-
-
-def chunk_spans(entry: Entry) -> Iterator[tuple[int, int]]:
-    """(offset, length) of each chunk."""
-    return ((offset, length) for offset, (_, length) in chunk_offsets(entry))
-
-
-def _is_id(chunk: str) -> bool:
-    try:
-        return len(chunk) == 64 and len(bytes.fromhex(chunk)) == 32
-    except ValueError:
-        return False
-
-
-def _bad(snapshot: Snapshot, entry: Entry, what: str) -> Corrupt:
-    return Corrupt(
-        f"the entry {entry.path[:200]!r} of snapshot {snapshot.id[:12]} {what}; nothing was replaced.",
-        hint="No backup writes such an entry. Restore an older snapshot, or parts of this one with `--include`.",
-    )
 
 
 class _Survey:
@@ -388,7 +325,8 @@ class _Survey:
         self._staging: Folder | None = None
         self._counted: set[str] = set()
         self._unreadable: set[bytes] = set()
-        self._found = 0
+        self._names: set[bytes] = set()
+        self._folders: set[bytes] = set()
         self._all_right = True
 
     def run(self) -> None:
@@ -396,7 +334,7 @@ class _Survey:
         try:
             if plan.mode != "new":
                 self._target = Folder(plan.target)
-            if os.path.isdir(plan.staging) and not os.path.islink(plan.staging):
+            if plan.is_building:
                 self._staging = Folder(plan.staging)
         except PermissionError as exc:
             raise Refused(f"{shown(plan.target)} can't be read: {exc.strerror}; nothing was changed.") from exc
@@ -407,8 +345,10 @@ class _Survey:
                     self._survey(batch, pool)
                     kept = None if number else batch
             plan.kept = kept
+            if plan.mode == "swap":
+                self._note_extra(b"")
             if self._target is not None and self._all_right:
-                plan.unchanged = plan.mode == "merge" or self._found == _count(plan.target)
+                plan.unchanged = plan.mode == "merge" or not plan.extra_files
         finally:
             for folder in (self._target, self._staging):
                 if folder is not None:
@@ -429,6 +369,8 @@ class _Survey:
             missing = wrong_places(self._staging, rest, keys, pool)
         contents = iter(zip(wrong, missing, strict=True))
         for raw, entry in batch:
+            if plan.mode == "swap":
+                (self._folders if entry.type == "dir" else self._names).add(raw)
             if entry.type == "file":
                 in_target, to_fetch = next(contents)
                 self._note_file(raw, entry, in_target, to_fetch)
@@ -462,7 +404,6 @@ class _Survey:
         if entry.type == "unreadable" or (entry.type == "hardlink" and entry.raw_target in self._unreadable):
             self._unreadable.add(raw)
             plan.actions.append((entry.path, 0, 0, "skipped"))
-            self._found += self._target is not None and self._target.status(raw) is not None
             return
         present = self._is_right(raw, entry)
         # The root and other folders of a merge keep what is in them, and so their own metadata.
@@ -472,6 +413,33 @@ class _Survey:
             plan.files += 1
         if entry.type != "dir":
             plan.actions.append((entry.path, 0, 0, "present" if present else "new"))
+
+    def _note_extra(self, folder: bytes) -> None:
+        """What is below a folder of the target and not in the snapshot."""
+        plan = self._plan
+        try:
+            found = os.scandir(os.path.join(plan.target, folder))
+        except PermissionError:
+            return
+        with found:
+            for item in found:
+                raw = os.path.join(folder, item.name)
+                status = item.stat(follow_symlinks=False)
+                if raw in self._unreadable:
+                    continue  # it has no content in the snapshot, so that the one here stays
+                if stat.S_ISDIR(status.st_mode):
+                    if status.st_dev != os.stat(plan.target).st_dev:
+                        raise _mounted(plan.target, item.path)
+                    before = plan.extra_files
+                    self._note_extra(raw)
+                    if raw in self._folders or plan.extra_files > before:
+                        continue
+                elif raw in self._names:
+                    continue
+                size = status.st_size if stat.S_ISREG(status.st_mode) else 0
+                plan.extra_files += 1
+                plan.extra_bytes += size
+                plan.actions.append((shown(raw), size, 0, "removed" if plan.overwrite else "moved away"))
 
     def _is_folder(self, raw: bytes) -> bool:
         found = self._target.status(raw) if self._target is not None else None
@@ -483,7 +451,6 @@ class _Survey:
         found = target.status(raw) if target is not None else None
         if target is None or found is None:
             return False
-        self._found += raw != b"."
         if stat.S_IFMT(found.st_mode) != _KINDS[entry.type]:
             return False
         if entry.type == "hardlink":
@@ -500,10 +467,6 @@ class _Survey:
         if right and self._plan.mode == "merge":
             self._plan.right.add(raw)
         return right
-
-
-def _count(path: bytes) -> int:
-    return sum(len(folders) + len(names) for _, folders, names in os.walk(path))
 
 
 def first_few(names: Sequence[str], limit: int = 10) -> str:

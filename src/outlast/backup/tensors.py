@@ -12,8 +12,8 @@ import blake3
 import msgspec
 
 from outlast.backup.folder import sync_folder
-from outlast.backup.restore import RestoreReport, exclusive, make_parents, translated
-from outlast.backup.restore_plan import beside, first_few, kept_name, selected, shown, stamp_text
+from outlast.backup.restore import RestoreReport, Skipped, exclusive, make_parents, translated
+from outlast.backup.restore_plan import beside, first_few, kept_name, real_target, selected, shown, stamp_text
 from outlast.backup.staging import Meter
 from outlast.errors import Corrupt, InvalidInput, NotFound
 from outlast.records import Entry, Snapshot
@@ -45,25 +45,31 @@ def restore_tensors(
     include: Sequence[str] = (),
     overwrite: bool = False,
 ) -> RestoreReport:
-    """Write the tensors that fit `names` (globs) to `target`, a `.safetensors` file or a folder for one.
+    """Write the tensors that fit `names` (globs) to `target`, a `.safetensors` file or an existing folder for one.
 
     They come from any file of a known format, or only from those that fit `include`. One that is
     in several files with the same content is written once; with different contents each gets the
     path of its file before its name. An existing file is kept beside as `NAME.before-<time>`.
 
-    Raises `NotFound` (a glob that fits nothing), `InvalidInput` (what safetensors can't hold),
+    Raises `NotFound` (a glob that fits nothing), `InvalidInput` (a target of another name, or nothing but what
+    safetensors can't hold; some of that among others is in `skipped`),
     `Corrupt`, `Busy`, `StoreFull`, `Refused`, `Unavailable`; an existing file is then as it was.
     """
     started = repository.clock.monotonic_seconds()
-    path = os.path.realpath(os.fsencode(target))
-    if not path.endswith(b".safetensors") or os.path.isdir(path):
+    path = real_target(target)
+    if os.path.isdir(path):
         path += b"/tensors.safetensors"
+    elif not path.endswith(b".safetensors"):
+        raise InvalidInput(
+            f"{shown(path)} is no name for a file of tensors, and no folder is there; nothing was changed.",
+            hint="End the target in .safetensors, or name an existing folder.",
+        )
     if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
         raise InvalidInput(f"{shown(path)} is not a file, so it can't be replaced by one; nothing was changed.")
     chunks = RecentChunks(repository)
     found = selected(repository, snapshot, include)
     files = (entry for _, entry in found if entry.type == "file" and entry.size >= _FILE_BYTES_MIN)
-    every = _find(snapshot, (_content(entry, chunks) for entry in files), names)
+    every, skipped = _storable(_find(snapshot, (_content(entry, chunks) for entry in files), names))
     chosen = _named_apart(every)
     # As the reference implementation orders them: wide elements first, which keeps all of them aligned.
     chosen.sort(key=lambda each: (-DTYPE_BITS.get(each.tensor.dtype, 0), each.name))
@@ -98,7 +104,29 @@ def restore_tensors(
         verified=True,
         seconds=repository.clock.monotonic_seconds() - started,
         kept_as=shown(kept),
+        skipped=skipped,
+        path=shown(path),
+        tensors=[each.name for each in chosen],
+        renamed={each.name: each.tensor.name for each in chosen if each.name != each.tensor.name},
     )
+
+
+def _storable(every: list[_Chosen]) -> tuple[list[_Chosen], list[Skipped]]:
+    """What safetensors can hold, and the rest. Raises `InvalidInput` where that is all."""
+    storable, refused = [], []
+    for each in every:
+        tensor = each.tensor
+        try:
+            formats.safetensors_header([(tensor.name, tensor.dtype, tensor.shape, tensor.length)])
+            storable.append(each)
+        except InvalidInput as exc:
+            refused.append((each, exc))
+    if not storable:
+        raise refused[0][1]
+    # The message ends in what is true only where nothing at all was written.
+    return storable, [
+        Skipped(each.place, exc.message.removesuffix("; nothing was written.") + ".") for each, exc in refused
+    ]
 
 
 def _content(entry: Entry, chunks: RecentChunks) -> Content:

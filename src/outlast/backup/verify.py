@@ -27,7 +27,7 @@ _ZEROS = bytes(1 << 20)
 def wrong_places(
     folder: Folder, files: Sequence[Checked], keys: Keys | None, pool: ThreadPoolExecutor
 ) -> list[list[Place]]:
-    """For each file those of its places that are not right: all, where there is no such file of that size."""
+    """For each file those of its places that are not right: all, where there is no such file."""
     wrong: list[list[Place]] = [[] for _ in files]
     for found in pool.map(lambda task: _look(folder, files, task, keys), _tasks(files)):
         for number, places in found:
@@ -62,7 +62,7 @@ def _look(
     found = []
     buffer = bytearray()
     for number, first, end in task:
-        path, entry, places = files[number]
+        path, _, places = files[number]
         part = places[first:end]
         try:
             fd = folder.open_file(path, os.O_RDONLY)
@@ -71,7 +71,7 @@ def _look(
             continue
         try:
             status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode) or status.st_size != entry.size:
+            if not stat.S_ISREG(status.st_mode):
                 found.append((number, list(part)))
                 continue
             longest = max((length for _, (_, length) in part), default=0)

@@ -113,6 +113,11 @@ class Call:
                 "no repository was named; nothing was touched.",
                 hint="Give --repo URL, or set OUTLAST_REPO. `outlast init` makes a new one.",
             )
+        if url.lower().startswith("memory:"):
+            raise InvalidInput(
+                "memory:// lives only inside one Python process; nothing was touched.",
+                hint="Give a path or a bucket.",
+            )
         return open_store(url, SYSTEM_CLOCK)
 
     def secret(self) -> Secret | None:
@@ -150,7 +155,7 @@ class Call:
 
     def snapshot(self, repository: Repository, reference: str, name: str | None = None) -> Snapshot:
         """The snapshot that the user named. Raises `Corrupt` for `latest` where newer ones may be lost."""
-        if reference == "latest" and self.warnings:
+        if reference.strip().lower() == "latest" and self.warnings:
             raise Corrupt(
                 f"the log of {repository.store.url} is damaged: {_MAY_LACK}, so `latest` can't be told. "
                 "Nothing was changed.",
@@ -207,6 +212,7 @@ def add_command(
     own = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
 
     def command(context: typer.Context, **given: Any) -> int:
+        _refuse_empty(context, given)
         options = shared_options(**{parameter.name: given.pop(parameter.name) for parameter in SHARED})
         call = Call(options.over(context.obj or Options()))
         return end(call.printer, call.options.debug, when_stopped, partial(run, call, **given))
@@ -217,9 +223,11 @@ def add_command(
 
 def new_group(help_text: str, own: Callable[..., None] | None = None) -> typer.Typer:
     """A group of commands that takes the shared options before the command, and those of `own`."""
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, help=help_text)
+    settings = {"help_option_names": ["-h", "--help"]}
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, help=help_text, context_settings=settings)
 
     def before_command(context: typer.Context, **given: Any) -> None:
+        _refuse_empty(context, given)
         options = shared_options(**{parameter.name: given[parameter.name] for parameter in SHARED})
         context.obj = options.over(context.obj or Options())
         if context.invoked_subcommand is None:
@@ -231,6 +239,16 @@ def new_group(help_text: str, own: Callable[..., None] | None = None) -> typer.T
     extra = list(inspect.signature(own, eval_str=True).parameters.values()) if own else []
     app.callback(invoke_without_command=True)(_takes(before_command, extra))
     return app
+
+
+def _refuse_empty(context: typer.Context, given: dict[str, Any]) -> None:
+    """Raise `InvalidInput` for an empty word: it is mostly a variable of a script that was not set."""
+    for parameter in context.command.params:
+        value = given.get(parameter.name or "")
+        if value == "" or (isinstance(value, list | tuple) and "" in value):
+            is_option = parameter.param_type_name == "option"
+            label = parameter.opts[0] if is_option else str(parameter.name).upper()
+            raise InvalidInput(f"{label} is empty; nothing was done.", hint="Give it a value, or leave it out.")
 
 
 def _takes(function: Callable[..., Any], own: list[inspect.Parameter]) -> Callable[..., Any]:
@@ -311,5 +329,7 @@ def _usage_hint(exc: BaseException) -> str:
 
 
 def terminate(number: int, frame: FrameType | None) -> NoReturn:
-    """The signal handler that makes SIGTERM a `Terminated`."""
-    raise Terminated
+    """The handler of SIGTERM and SIGINT: ends the work by an exception, and lets nothing disturb that end."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outlast.cli.command import CORRUPT, Call
-from outlast.cli.protect import snapshot_document, tags_text
+from outlast.cli.protect import Name, snapshot_document, tags_text
 from outlast.cli.text import (
     count_text,
+    path_quoted,
     path_shown,
     printable,
     shape_text,
@@ -24,12 +25,17 @@ from outlast.cli.text import (
 from outlast.errors import NotFound
 
 if TYPE_CHECKING:
-    from outlast.backup.inspect import DiffReport, FileSide, FileView
+    from outlast.backup.inspect import DiffReport, FileChange, FileSide, FileView
     from outlast.records import Entry, Snapshot
     from outlast.repo.formats import Tensor
 
 _TENSORS_SHOWN = 20
 _CHANGES_SHOWN = 100
+_KINDS = {
+    "Files": ("file", "hardlink", "unreadable", "fifo"),
+    "Folders": ("dir",),
+    "Links": ("symlink",),
+}
 
 SnapshotId = Annotated[
     str, typer.Argument(metavar="SNAPSHOT", help="The first characters of an id, or `latest`.", show_default=False)
@@ -42,12 +48,13 @@ def show(
     path: Annotated[
         str | None, typer.Argument(metavar="[PATH]", help="Only this file or folder, with all its tensors.")
     ] = None,
+    name: Name = None,
 ) -> int:
     """List the files of a snapshot, and the tensors inside them: name, dtype, shape, bytes."""
     from outlast.backup import inspect
 
     repository = call.readable_repository()
-    chosen = call.snapshot(repository, snapshot)
+    chosen = call.snapshot(repository, snapshot, name)
     views = inspect.show(repository, chosen, _below(os.fsencode(path)) if path else lambda entry: True)
     first = next(views, None)
     if path and first is None:
@@ -161,7 +168,7 @@ def _tensor_lines(view: FileView, snapshot: Snapshot, limit: int | None) -> Iter
     if len(shown) < len(tensors):
         yield (
             f"{'':14}… and {len(tensors) - len(shown):,} more: "
-            f"`outlast show {short_id(snapshot.id)} {path_shown(view.entry.path)}` lists all"
+            f"`outlast show {short_id(snapshot.id)} {path_quoted(view.entry.path)}` lists all"
         )
 
 
@@ -169,6 +176,7 @@ def diff(
     call: Call,
     before: Annotated[str, typer.Argument(metavar="BEFORE", help="The earlier snapshot.", show_default=False)],
     after: Annotated[str, typer.Argument(metavar="AFTER", help="The later one, or `latest`.", show_default=False)],
+    name: Name = None,
 ) -> int:
     """Compare two snapshots: files and tensors added, removed, changed, and by how many bytes."""
     import msgspec
@@ -176,7 +184,7 @@ def diff(
     from outlast.backup import inspect
 
     repository = call.readable_repository()
-    old, new = call.snapshot(repository, before), call.snapshot(repository, after)
+    old, new = call.snapshot(repository, before, name), call.snapshot(repository, after, name)
     report = inspect.diff(repository, old, new)
     call.result(msgspec.to_builtins(report), _diff_lines(report), always=True)
     return CORRUPT if report.problems else 0
@@ -185,22 +193,22 @@ def diff(
 def _diff_lines(report: DiffReport) -> Iterator[str]:
     files, tensors = report.files, report.tensors
     yield f"From snapshot {short_id(report.before)} to {short_id(report.after)}:"
-    yield from _changes(
-        "Files",
-        [("+", *_side(each)) for each in files.added],
-        [("-", *_side(each)) for each in files.removed],
-        [
-            (
-                "~",
-                path_shown(each.path),
-                size_text(each.bytes_changed) if "content" in each.what else "",
-                f"of {size_text(each.bytes_after)}" if each.what == ["content"] else ", ".join(each.what),
+    for title, types in _KINDS.items():
+        added = [each for each in files.added if each.type in types]
+        removed = [each for each in files.removed if each.type in types]
+        changed = [each for each in files.changed if each.type in types]
+        how_much = (
+            f" ({size_text(report.bytes_added)} added, {size_text(report.bytes_removed)} removed, "
+            f"{size_text(report.bytes_changed)} changed)"
+        )
+        if title == "Files" or added or removed or changed:
+            yield from _changes(
+                title,
+                [("+", *_side(each)) for each in added],
+                [("-", *_side(each)) for each in removed],
+                [_change_row(each) for each in changed],
+                how_much if title == "Files" else "",
             )
-            for each in files.changed
-        ],
-        f"{size_text(report.bytes_added)} added, {size_text(report.bytes_removed)} removed, "
-        f"{size_text(report.bytes_changed)} changed",
-    )
     groups: list[Sequence[Any]] = [tensors.added, tensors.removed, tensors.changed]
     if any(groups):
         many = len({each.path for group in groups for each in group}) > 1
@@ -221,10 +229,20 @@ def _diff_lines(report: DiffReport) -> Iterator[str]:
                 )
                 for each in tensors.changed
             ],
-            f"{size_text(sum(each.bytes_changed for each in tensors.changed))} changed",
+            f" ({size_text(sum(each.bytes_changed for each in tensors.changed))} changed)",
         )
     for problem in report.problems:
         yield f"Damaged, so not compared inside: {printable(problem)}"
+
+
+def _change_row(each: FileChange) -> tuple[str, str, str, str]:
+    content = "content" in each.what
+    return (
+        "~",
+        path_shown(each.path),
+        size_text(each.bytes_changed) if content else "",
+        f"of {size_text(each.bytes_after)}" if each.what == ["content"] else ", ".join(each.what),
+    )
 
 
 def _side(file: FileSide) -> tuple[str, str, str]:
@@ -241,7 +259,7 @@ def _changes(
     title: str, added: Sequence[Any], removed: Sequence[Any], changed: Sequence[Any], how_much: str
 ) -> Iterator[str]:
     """A summary line, then the rows; the largest part of a long list is left to --json."""
-    yield f"{title}: {len(added):,} added, {len(removed):,} removed, {len(changed):,} changed ({how_much})"
+    yield f"{title}: {len(added):,} added, {len(removed):,} removed, {len(changed):,} changed{how_much}"
     rows = [*added, *removed, *changed]
     for line in table(("", "", "bytes", ""), rows[:_CHANGES_SHOWN], right="bytes"):
         if line.strip() != "bytes":

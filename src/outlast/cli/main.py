@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -69,10 +70,29 @@ app.add_typer(doctors, name="doctor")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _open_closed_streams()
     try:
         signal.signal(signal.SIGTERM, terminate)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the caller wants it ignored
+            signal.signal(signal.SIGINT, terminate)
         return int(typer.main.get_command(app).main(given, prog_name="outlast", standalone_mode=False) or 0)
     except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001  only what went wrong before a command ran
         options = set(takewhile(lambda argument: argument != "--", given))
         form = Options(json="--json" in options, json_lines="--json-lines" in options)
         return tell(make_printer(form), "--debug" in options, exc, "Nothing was done.")
+
+
+def _open_closed_streams() -> None:
+    """Give what was closed before the start, as by `>&-`, to /dev/null.
+
+    Otherwise the first file that is opened would get the number of standard output.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the end
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115

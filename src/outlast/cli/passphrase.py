@@ -18,10 +18,12 @@ Secret = Callable[[], bytes]
 
 def known_secret(file: str | None, command: str | None) -> Secret | None:
     """How to open a repository, asked only if it is encrypted; None when there is no way to know."""
+    from outlast import not_empty
+
     secret = _given(file, command)
     if secret is None and _at_terminal():
-        return lambda: _ask("Passphrase of the repository: ")
-    return secret
+        return not_empty(lambda: _ask("Passphrase of the repository: "))
+    return not_empty(secret) if secret else None
 
 
 def is_given(file: str | None, command: str | None) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
 from outlast.cli.command import CORRUPT, PARTLY_DONE, Call
-from outlast.cli.passphrase import new_secret
+from outlast.cli.passphrase import VARIABLE, is_given, new_secret
 from outlast.cli.text import (
     count_text,
     duration_text,
@@ -20,7 +21,7 @@ from outlast.cli.text import (
     table,
     time_text,
 )
-from outlast.errors import InvalidInput
+from outlast.errors import InvalidInput, NotFound
 
 if TYPE_CHECKING:
     from outlast.backup.create import BackupReport
@@ -28,12 +29,16 @@ if TYPE_CHECKING:
     from outlast.backup.restore_plan import RestorePlan
     from outlast.records import Snapshot
     from outlast.repo.check import CheckReport
+    from outlast.repo.repository import Repository
 
 _FILES_SHOWN = 10
 
 Tags = Annotated[
     list[str] | None, typer.Option("--tag", metavar="KEY=VALUE", help="A tag of the snapshot. May be repeated.")
 ]
+
+
+Name = Annotated[str | None, typer.Option(metavar="NAME", help="Take snapshots from those of this name.")]
 
 
 def init(
@@ -53,10 +58,10 @@ def init(
             f"there is no compression {compression!r}; nothing was made.", hint="Known are auto, none and zstd."
         )
     file, command = call.options.passphrase_file, call.options.passphrase_command
-    if not encrypt and (file or command):
+    if not encrypt and is_given(file, command):
         raise InvalidInput(
             "a passphrase was given, but not --encrypt; nothing was made.",
-            hint="Add --encrypt, or leave the passphrase out.",
+            hint=f"Add --encrypt, or leave the passphrase out (unset {VARIABLE}, or drop the option).",
         )
     store = call.store()
     secret = new_secret(file, command) if encrypt else None
@@ -124,11 +129,15 @@ def snapshots(
 ) -> int:
     """List the snapshots, oldest first."""
     tags = _tags(tag)
-    found = [
-        snapshot
-        for snapshot in call.readable_repository().snapshots()
-        if (name is None or snapshot.name == name) and tags.items() <= snapshot.tags.items()
-    ]
+    repository = call.readable_repository()
+    every = repository.snapshots()
+    named = [snapshot for snapshot in every if name is None or snapshot.name == name]
+    if every and not named:
+        try:
+            repository.find_snapshot("latest", name)
+        except NotFound as exc:  # the same words as where one snapshot is asked for
+            call.printer.warn(exc.message)
+    found = [snapshot for snapshot in named if tags.items() <= snapshot.tags.items()]
     call.printer.result([snapshot_document(each) for each in found], _snapshot_lines(found), always=True)
     return CORRUPT if call.warnings else 0
 
@@ -179,7 +188,7 @@ def restore(
     call: Call,
     snapshot: Annotated[str, typer.Argument(metavar="SNAPSHOT", help="The first characters of an id, or `latest`.")],
     to: Annotated[str, typer.Option("--to", metavar="DIR", help="The folder; with --tensor, the .safetensors file.")],
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="Take SNAPSHOT from those of this name.")] = None,
+    name: Name = None,
     include: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Only files that fit. May be repeated.")
     ] = None,
@@ -206,22 +215,46 @@ def restore(
         report = restore_tensors(repository, chosen, tensor, target, include=include or (), overwrite=overwrite)
     else:
         planned = plan(repository, chosen, target, include=include or (), overwrite=overwrite)
+        for glob in _unfit(include or [], planned, repository):
+            call.warnings.append(f"the pattern {glob!r} fits nothing.")
+            call.printer.warn(call.warnings[-1])
         if dry_run:
             call.result(_plan_document(planned), _plan_lines(planned), always=True)
             return 0
         report = execute(repository, planned)
-    call.result(msgspec.to_builtins(report), _restore_lines(report, to))
+    call.result(msgspec.to_builtins(report), _restore_lines(report, chosen, to))
     return PARTLY_DONE if report.skipped else 0
 
 
-def _restore_lines(report: RestoreReport, to: str) -> Iterator[str]:
+def _unfit(globs: list[str], plan: RestorePlan, repository: Repository) -> list[str]:
+    """The patterns that fit none of what is restored; a single one that fits nothing is an error before."""
+    from outlast.backup.selection import matcher
+
+    unfit = {glob: matcher([glob]) for glob in globs} if len(globs) > 1 else {}
+    for item in plan.entries(repository) if unfit else ():
+        unfit = {glob: fits for glob, fits in unfit.items() if not fits(item[0])}
+        if not unfit:
+            break
+    return list(unfit)
+
+
+def _restore_lines(report: RestoreReport, snapshot: Snapshot, to: str) -> Iterator[str]:
+    what = count_text(len(report.tensors), "tensor") if report.tensors else count_text(report.files, "file")
+    place = path_shown(report.path) if report.tensors else printable(to)  # tensors name the file in the folder
     yield (
-        f"Restored {count_text(report.files, 'file')}, {size_text(report.bytes)}, from snapshot "
-        f"{short_id(report.snapshot)} to {printable(to)} in {duration_text(report.seconds)}."
+        f"Restored {what}, {size_text(report.bytes)}, from snapshot "
+        f"{short_id(report.snapshot)} of {printable(snapshot.name)} to {place} "
+        f"in {duration_text(report.seconds)}."
     )
     yield f"Fetched {size_text(report.bytes_fetched)}; every byte was verified."
     if report.kept_as:
         yield f"What was there before is kept as {path_shown(report.kept_as)}."
+    if report.kept_files:
+        yield f"Kept beside the new ones, as NAME.before-<time>: {count_text(report.kept_files, 'old item')}."
+    for name, given in islice(report.renamed.items(), _FILES_SHOWN):
+        yield f"The tensor {printable(name)} is there as {printable(given)}."
+    if len(report.renamed) > _FILES_SHOWN:
+        yield f"… and {len(report.renamed) - _FILES_SHOWN:,} more such names; --json has them all."
     for each in report.skipped[:_FILES_SHOWN]:
         yield f"Not as it was: {path_shown(each.path)}: {printable(each.reason)}"
     if len(report.skipped) > _FILES_SHOWN:
@@ -240,6 +273,8 @@ def _plan_document(plan: RestorePlan) -> dict[str, Any]:
         "bytes": plan.bytes,
         "bytes_present": plan.bytes_present,
         "bytes_to_fetch": plan.bytes_to_fetch,
+        "extra_files": plan.extra_files,
+        "extra_bytes": plan.extra_bytes,
         "kept_as": path_text(plan.kept_as) if plan.kept_as else "",
         "actions": [dict(zip(names, action, strict=True)) for action in plan.actions],
     }
@@ -250,18 +285,22 @@ def _plan_lines(plan: RestorePlan) -> Iterator[str]:
 
     for path, size, fetch, what in plan.actions:
         if what != "present":
-            yield f"{what:<8}  {size_text(size):>10}  {path_shown(path)}" + (
+            yield f"{what:<10}  {size_text(size):>10}  {path_shown(path)}" + (
                 f"  ({size_text(fetch)} to fetch)" if what == "repair" else ""
             )
     present = sum(action[3] == "present" for action in plan.actions)
     yield (
         f"Would restore {count_text(plan.files, 'file')}, {size_text(plan.bytes)}, from snapshot "
-        f"{short_id(plan.snapshot.id)} to {path_shown(path_text(plan.target))}."
+        f"{short_id(plan.snapshot.id)} of {printable(plan.snapshot.name)} to {path_shown(path_text(plan.target))}."
     )
     yield (
         f"Already right: {count_text(present, 'item')}, {size_text(plan.bytes_present)}. "
         f"To fetch: {size_text(plan.bytes_to_fetch)}. Nothing was changed."
     )
+    if plan.extra_files:
+        gone = "removed" if plan.overwrite else "moved away"
+        extra = f"{count_text(plan.extra_files, 'item')}, {size_text(plan.extra_bytes)}"
+        yield f"Only at the target, and not in the snapshot: {extra}; would be {gone}."
     if plan.kept_as:
         yield f"What is there now would be kept as {path_shown(path_text(plan.kept_as))}."
 
@@ -292,6 +331,10 @@ def _check_lines(report: CheckReport, share: Literal["all", "none"] | float) -> 
         f"{count_text(report.snapshots, 'snapshot')}, {count_text(report.packs, 'pack')}, "
         f"{count_text(report.chunks, 'chunk')}; {size_text(report.bytes_read)} read in {duration_text(report.seconds)}"
     )
+    if report.unreferenced_packs:
+        unnamed = f"{count_text(report.unreferenced_packs, 'pack')} ({size_text(report.unreferenced_bytes)})"
+        verb = "belongs" if report.unreferenced_packs == 1 else "belong"
+        yield f"{unnamed} {verb} to no commit: a backup was cut short or is running, or log entries are missing."
     if not report.ok:
         yield f"{count_text(len(report.damaged), 'object')} damaged. Checked {what}."
     else:
@@ -301,6 +344,11 @@ def _check_lines(report: CheckReport, share: Literal["all", "none"] | float) -> 
         yield f"The stored data itself {unread}: `outlast check --data all` reads every byte."
     elif not report.ok:
         yield "Everything not named above is whole and can be restored."
+    if any(damage.object.startswith("packs/") for damage in report.damaged):
+        yield (
+            "To heal what the source still has: `outlast backup --full PATH` reads the packs and stores "
+            "damaged chunks again."
+        )
 
 
 def _some(items: list[str]) -> str:
@@ -317,7 +365,8 @@ def _share(text: str) -> Literal["all", "none"] | float:
         share = -1.0
     if not 0 < share <= 1:
         raise InvalidInput(
-            f"--data {text!r} is none of all, none and N%; nothing was read.", hint="For example: --data 10%."
+            f"--data {text!r} can't be understood; nothing was read.",
+            hint="Write all, none or a percentage such as 10%.",
         )
     return share
 
@@ -329,6 +378,10 @@ def _tags(given: list[str] | None) -> dict[str, str]:
         if not key or not separator:
             raise InvalidInput(
                 f"the tag {tag!r} is not of the form KEY=VALUE; nothing was done.", hint="For example: --tag run=42."
+            )
+        if key in tags:
+            raise InvalidInput(
+                f"the tag {key!r} was given twice; nothing was done.", hint="A snapshot has one value for each key."
             )
         tags[key] = value
     return tags

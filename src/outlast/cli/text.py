@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from urllib.parse import unquote_to_bytes
 
@@ -78,6 +79,20 @@ def path_shown(path: str) -> str:
     """
     raw = unquote_to_bytes(path) if "%" in path else path.encode("utf-8", "surrogateescape")
     return printable(raw.decode("utf-8", "backslashreplace"))
+
+
+def path_quoted(path: str) -> str:
+    """The file name that a manifest path stands for, as a word to paste into a shell.
+
+    >>> print(path_quoted("step 1.pt"), path_quoted("-x"), path_quoted("it's%0A"))
+    'step 1.pt' ./-x $'it\\047s\\012'
+    """
+    raw = unquote_to_bytes(path) if "%" in path else path.encode("utf-8", "surrogateescape")
+    raw = b"./" + raw if raw.startswith(b"-") else raw
+    shown = raw.decode("utf-8", "surrogateescape")
+    if shown.isprintable():
+        return shlex.quote(shown)
+    return "$'" + "".join(chr(c) if 32 <= c < 127 and c not in b"'\\" else f"\\{c:03o}" for c in raw) + "'"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: str = "") -> Iterator[str]:

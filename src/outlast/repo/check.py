@@ -6,7 +6,8 @@ that hash is byte for byte what was written, and writing decodes whatever a code
 compares it before it counts as stored. Hashing each stored byte once therefore proves that it can be
 restored, at the speed of reading, and without keys.
 
-Checking changes nothing. Packs that the log doesn't name are leftovers of unfinished work, no damage.
+Checking changes nothing. Packs that the log doesn't name are leftovers of unfinished work, no
+damage, unless there is no log at all.
 """
 
 from __future__ import annotations
@@ -52,7 +53,11 @@ class Damage(msgspec.Struct):
 
 
 class CheckReport(msgspec.Struct):
-    """What was checked. `ok`: nothing was damaged. `bytes_read`: of packs."""
+    """What was checked. `ok`: nothing was damaged. `bytes_read`: of packs.
+
+    `unreferenced_packs`: those that no entry of the log names, as a backup that was cut short leaves
+    them, and one that is running makes them.
+    """
 
     ok: bool
     snapshots: int
@@ -61,6 +66,8 @@ class CheckReport(msgspec.Struct):
     bytes_read: int
     damaged: list[Damage]
     seconds: float
+    unreferenced_packs: int = 0
+    unreferenced_bytes: int = 0
 
 
 def check(repository: Repository, *, data: Data = "none") -> CheckReport:
@@ -117,6 +124,8 @@ class _Check:
         self._rows: dict[str, bytes] = {}
         self._chunks = 0
         self._bytes_read = 0
+        self._unreferenced_packs = 0
+        self._unreferenced_bytes = 0
         self._progress = _Throttle(view)
 
     def run(self, started: float) -> CheckReport:
@@ -125,8 +134,10 @@ class _Check:
         found = chain.walk(view.store, view.log)
         for damage in found.damage:
             self._findings.problem(damage.object, damage.problem)
+        sizes = {info.name: info.size_bytes for info in view.store.list("packs/")}
+        self._count_unreferenced(found, sizes)
         view.adopt(found)
-        good, bad = self._check_packs()
+        good, bad = self._check_packs(sizes)
         self._index.sort()
         self._check_segments(good)
         view.use_index(self._index)
@@ -140,7 +151,14 @@ class _Check:
             bytes_read=self._bytes_read,
             damaged=damaged,
             seconds=view.clock.monotonic_seconds() - started,
+            unreferenced_packs=self._unreferenced_packs,
+            unreferenced_bytes=self._unreferenced_bytes,
         )
+
+    def _count_unreferenced(self, found: chain.Walk, sizes: dict[str, int]) -> None:
+        named = {object_name(name) for name in found.state.packs}
+        unnamed = [size_bytes for name, size_bytes in sizes.items() if name not in named]
+        self._unreferenced_packs, self._unreferenced_bytes = len(unnamed), sum(unnamed)
 
     def _damage(self, name: str) -> Damage:
         findings = self._findings
@@ -175,11 +193,10 @@ class _Check:
 
     # -- packs -----------------------------------------------------------------------------------
 
-    def _check_packs(self) -> tuple[set[str], dict[bytes, set[str]]]:
+    def _check_packs(self, sizes: dict[str, int]) -> tuple[set[str], dict[bytes, set[str]]]:
         """(packs whose footer is sound, damaged chunk -> the packs in which it is damaged)"""
         view = self._view
         refs = list(view.state.packs.values())
-        sizes = {info.name: info.size_bytes for info in view.store.list("packs/")} if refs else {}
         full = self._chosen(refs)
         self._progress.total(sum(ref.bytes for ref in refs if ref.name in full), len(refs))
         good: set[str] = set()

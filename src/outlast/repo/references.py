@@ -12,6 +12,7 @@ from outlast import records
 from outlast.errors import Corrupt, NotFound, OutlastError, Unavailable
 from outlast.records import ChunkRef, Entry, Snapshot
 from outlast.repo import seal
+from outlast.repo.manifest import Order, entry_problem, is_root
 from outlast.repo.pack import object_name
 from outlast.repo.repository import Repository
 
@@ -72,11 +73,13 @@ class _Piece(msgspec.Struct):
 
     `tail` is None when there is no line break, so that all of it is `head`. `blamed`: (object, problem)
     of the lines between; their files are told to `Findings` when the piece is read, and not kept.
+    `order`: what those lines ask of the lines before them.
     """
 
     head: bytes
     tail: bytes | None
     blamed: dict[tuple[str, str], None]
+    order: Order
 
 
 class References:
@@ -100,6 +103,7 @@ class References:
 
     def _walk_snapshot(self, snapshot: Snapshot) -> None:
         rest: bytes | None = b""
+        order, first = Order(), True
         for ref in snapshot.manifest:
             if ref[0] not in self._pieces:
                 self._pieces[ref[0]] = self._read_piece(ref)
@@ -108,14 +112,19 @@ class References:
                 problem = f"The manifest of snapshot {snapshot.id[:12]} can't be read in full."
                 hurt = self._missing(ref, None)
                 self._note(snapshot, {(each.object, problem): None for each in hurt})
-                rest = None
+                rest, first = None, False
+                order = Order(whole=False)  # nobody knows which folders were open here
                 continue
             if piece.tail is None:
                 rest = None if rest is None else rest + piece.head
                 continue
             self._note(snapshot, piece.blamed)
             if rest is not None:
-                self._note(snapshot, self._check_straddling(rest + piece.head))
+                self._note(snapshot, self._check_straddling(rest + piece.head, order, first))
+            for path, problem in order.join(piece.order):
+                self._findings.lost("manifests", path)
+                self._note(snapshot, {("manifests", _bad_entry(path, problem)): None})
+            first = False
             rest = piece.tail
         if rest:
             cut = "The manifest ends in the middle of a line."
@@ -137,9 +146,9 @@ class References:
             many = each.problem and len(blamed) >= PROBLEMS_MAX
             blamed[each.object, _MORE if many else each.problem] = None
 
-    def _check_straddling(self, line: bytes) -> dict[tuple[str, str], None]:
+    def _check_straddling(self, line: bytes, order: Order, first: bool) -> dict[tuple[str, str], None]:
         """Such a line is met again in each snapshot that has the same two chunks; its files count once."""
-        hurt = self._check_line(line)
+        hurt = self._check_line(line, order, first)
         blamed: dict[tuple[str, str], None] = {}
         if hurt:
             digest = seal.digest(line)
@@ -155,25 +164,26 @@ class References:
             return None
         head, newline, body = text.partition(b"\n")
         if not newline:
-            return _Piece(head, None, {})
+            return _Piece(head, None, {}, Order(whole=False))
         lines, _, tail = body.rpartition(b"\n")
         blamed: dict[tuple[str, str], None] = {}
+        order = Order(whole=False)
         for line in lines.split(b"\n"):
-            if line and (hurt := self._check_line(line)):
+            if line and (hurt := self._check_line(line, order)):
                 self._tell(hurt, blamed)
-        return _Piece(head, tail, blamed)
+        return _Piece(head, tail, blamed, order)
 
-    def _check_line(self, line: bytes) -> list[_Hurt]:
+    def _check_line(self, line: bytes, order: Order, first: bool = False) -> list[_Hurt]:
+        """`first`: this is the first line of a manifest."""
         try:
             entry = records.parse(line, Entry, "a line of the manifest")
-            hurt = [each for ref in entry.chunks for each in self._look_up(ref, entry.path)]
+            root = first and is_root(entry)
+            problem = entry_problem(entry, root=root) or ("" if root else order.add(entry))
+            if problem:
+                return [_Hurt("manifests", entry.path, _bad_entry(entry.path, problem))]
+            return [each for ref in entry.chunks for each in self._look_up(ref, entry.path)]
         except (OutlastError, ValueError) as exc:
             return [_Hurt("manifests", None, f"A manifest is malformed: {exc}")]
-        length = sum(ref[1] for ref in entry.chunks) + sum(hole[1] for hole in entry.holes)
-        if entry.type == "file" and length != entry.size:
-            wrong = f"The manifest gives {entry.path} {length} bytes of content, but a size of {entry.size}."
-            hurt.append(_Hurt("manifests", entry.path, wrong))
-        return hurt
 
     def _look_up(self, ref: ChunkRef, path: str) -> list[_Hurt]:
         """Nothing when a sound copy of the chunk is there, otherwise who is to blame."""
@@ -200,3 +210,7 @@ class References:
             what = "" if self._suspects == 1 else "It held chunks that snapshots need; the packs are named here too."
             return [_Hurt(self._suspect, path, what)]
         return [_Hurt("packs", path, "Chunks that snapshots need are in no pack of the log.")]
+
+
+def _bad_entry(path: str, problem: str) -> str:
+    return f"The entry {path[:200]!r} {problem}; it can't be restored."

@@ -229,22 +229,37 @@ class Repository:
         return list(self.state.snapshots.values())
 
     def find_snapshot(self, reference: str, name: str | None = None) -> Snapshot:
-        """The snapshot whose id begins with `reference`, or the newest one for `latest`.
+        """The snapshot whose id begins with `reference`, in any case, or the newest one for `latest`.
 
-        Raises `NotFound` or, when several fit, `InvalidInput`.
+        Raises `NotFound` or, when several fit or `reference` is too short, `InvalidInput`.
         """
-        candidates = [snapshot for snapshot in self.snapshots() if name is None or snapshot.name == name]
-        if reference == "latest":
+        wanted = reference.strip().lower()
+        every = self.snapshots()
+        candidates = [snapshot for snapshot in every if name is None or snapshot.name == name]
+        if every and not candidates:
+            raise NotFound(
+                f"no snapshot is named {name}; there are: {', '.join(sorted({each.name for each in every}))}.",
+                hint="`outlast snapshots` lists them.",
+            )
+        if wanted == "latest":
             if not candidates:
                 what = f"named {name}" if name else "in this repository"
                 raise NotFound(f"there is no snapshot {what} yet.", hint="Make one with `outlast backup`.")
             return candidates[-1]
-        found = [snapshot for snapshot in candidates if snapshot.id.startswith(reference)]
-        if len(reference) < _ID_CHARACTERS_MIN or not found:
-            raise NotFound(f"no snapshot has the id {reference!r}.", hint="`outlast snapshots` lists them.")
-        if len(found) > 1:
+        if len(wanted) < _ID_CHARACTERS_MIN:
             raise InvalidInput(
-                f"{reference!r} fits {len(found)} snapshots: {', '.join(item.id[:12] for item in found[:5])}.",
+                f"{reference!r} is too short; give at least {_ID_CHARACTERS_MIN} characters of the id, or `latest`.",
+                hint="`outlast snapshots` lists them.",
+            )
+        found = [snapshot for snapshot in candidates if snapshot.id.startswith(wanted)]
+        if not found:
+            others = [each for each in every if each.id.startswith(wanted)]
+            what = f"snapshot {others[0].id[:8]} is of {others[0].name}, not {name}." if others else ""
+            raise NotFound(what or f"no snapshot has the id {reference!r}.", hint="`outlast snapshots` lists them.")
+        if len(found) > 1:
+            shown = max(8, len(wanted) + 4)
+            raise InvalidInput(
+                f"{reference!r} fits {len(found)} snapshots: {', '.join(item.id[:shown] for item in found[:5])}.",
                 hint="Give more characters of the id.",
             )
         return found[0]

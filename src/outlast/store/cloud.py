@@ -12,6 +12,7 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -46,6 +47,17 @@ _RETRY_CONFIG = {"max_retries": 2, "retry_timeout": timedelta(seconds=60)}
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _URL_SECRETS = re.compile(r"(?<=://)[^/\s@]*@|\?[^\s\"')]+")
+_EFFORT = re.compile(r"^.*?Error performing \w+ \S+ in .*? - ", re.DOTALL)
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
+_METADATA_HOST = "169.254.169.254"  # asked for credentials when the environment has none
+_CONNECTION_FAILURES = {
+    "ConnectionRefused": "connection refused",
+    "Connection refused": "connection refused",
+    "dns error": "no such host",
+    "failed to lookup": "no such host",
+    "kind: Connect": "no connection",
+}
 _WORTH_RETRYING = {408, 409, 412, 416, 425, 429}
 _FULL_CODES = {"QuotaExceeded", "QuotaExceededException", "InsufficientStorage", "XMinioStorageFull"}
 
@@ -78,15 +90,10 @@ class CloudStore:
         self._lists_in_order = parts.scheme == "s3" and not parts.netloc.endswith("--x-s3")
         from_url: Any = obstore.store.from_url  # its overloads want to know the kind of store beforehand
         options: dict[str, Any] = dict(_CLIENT_OPTIONS)
-        if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+        if parts.scheme == "s3" and _endpoint().startswith("http://"):
             options["allow_http"] = True  # the user wrote http:// himself; that is the permission
-        try:
+        with self._translated("open", ""):
             self._store: Any = from_url(self._url, client_options=options, retry_config=_RETRY_CONFIG)
-        except self._errors as exc:
-            raise InvalidInput(
-                f"{self._url} can't be opened: {_reply(exc)[1]}. Nothing was contacted.",
-                hint="Check the environment variables with the account, region and endpoint of the store.",
-            ) from None
 
     @property
     def url(self) -> str:
@@ -96,14 +103,26 @@ class CloudStore:
     def capabilities(self) -> Capabilities:
         return Capabilities(concurrency=16)
 
+    @contextmanager
+    def _translated(self, action: str, name: str) -> Iterator[None]:
+        try:
+            yield
+        except self._errors as exc:
+            raise _translate(exc, action, name, self._url) from None
+        except BaseException as exc:
+            # What the library itself did not expect comes as a class that can't be imported and is no Exception.
+            if type(exc).__name__ != "PanicException":
+                raise
+            raise _translate(exc, action, name, self._url) from None
+
     def put_if_absent(self, name: str, parts: Sequence[Buffer]) -> None:
         content = b"".join(parts)
         try:
-            self._api.put(self._store, check_name(name), content, mode="create", use_multipart=False)
-        except self._errors as exc:
-            error = _translate(exc, "write", name, self._url)
-            if not isinstance(error, Exists | Unavailable) or isinstance(error, StoreFull):
-                raise error from None
+            with self._translated("write", name):
+                self._api.put(self._store, check_name(name), content, mode="create", use_multipart=False)
+        except (Exists, Unavailable) as error:
+            if isinstance(error, StoreFull):
+                raise
             self._settle(name, content, error)
 
     def _settle(self, name: str, content: bytes, error: OutlastError) -> None:
@@ -112,10 +131,11 @@ class CloudStore:
             same = self._holds(name, content)
         except NotFound:
             raise Unavailable(
-                f"{name} was not written to {self._url}: {error.message.rstrip('.')}, and nothing is there."
+                f"the object `{name}` was not written to {self._url}: {error.message.rstrip('.')}, "
+                "and nothing is there."
             ) from error
         if not same:
-            raise Exists(f"{name} already exists with other content; it was left as it is.") from error
+            raise Exists(f"the object `{name}` already exists with other content; it was left as it is.") from error
 
     def _holds(self, name: str, content: bytes) -> bool:
         """Whether the object has exactly these bytes; big ones are compared range by range."""
@@ -134,7 +154,7 @@ class CloudStore:
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         content = b"".join(parts)
         multipart = len(content) > SINGLE_PUT_BYTES_MAX
-        try:
+        with self._translated("write", name):
             self._api.put(
                 self._store,
                 check_name(name),
@@ -143,18 +163,14 @@ class CloudStore:
                 chunk_size=16 << 20,
                 max_concurrency=4,
             )
-        except self._errors as exc:
-            raise _translate(exc, "write", name, self._url) from None
 
     def get(self, name: str) -> bytes:
-        try:
+        with self._translated("read", name):
             reply = self._api.get(self._store, check_name(name))
             expected = reply.meta["size"]
             content = reply.bytes().to_bytes()
-        except self._errors as exc:
-            raise _translate(exc, "read", name, self._url) from None
         if len(content) != expected:
-            raise Unavailable(f"{name} was cut off after {len(content)} of {expected} bytes.")
+            raise Unavailable(f"the object `{name}` was cut off after {len(content)} of {expected} bytes.")
         return content
 
     def get_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -164,22 +180,23 @@ class CloudStore:
         if not spans:
             return [b""] * len(ranges)
         try:
-            replies = self._api.get_ranges(
-                self._store,
-                check_name(name),
-                starts=[start for start, _ in spans],
-                lengths=[end - start for start, end in spans],
-            )
-        except self._errors as exc:
-            error = _translate(exc, "read", name, self._url)
-            if not isinstance(error, NotFound):
-                self._check_ranges(name, ranges)  # past the end: then that is what to say
-            raise error from None
+            with self._translated("read", name):
+                replies = self._api.get_ranges(
+                    self._store,
+                    check_name(name),
+                    starts=[start for start, _ in spans],
+                    lengths=[end - start for start, end in spans],
+                )
+        except NotFound:
+            raise
+        except OutlastError:
+            self._check_ranges(name, ranges)  # past the end: then that is what to say
+            raise
         blocks = [memoryview(reply) for reply in replies]
         for (start, end), block in zip(spans, blocks, strict=True):
             if len(block) != end - start:
                 self._check_ranges(name, ranges)
-                raise Unavailable(f"{name}: of bytes {start} to {end} only the first {len(block)} came back.")
+                raise Unavailable(f"the object `{name}` was cut off: bytes {start} to {end} gave only {len(block)}.")
         starts = [start for start, _ in spans]
         found = []
         for offset, length in ranges:
@@ -194,10 +211,8 @@ class CloudStore:
             check_range(name, offset, length, size_bytes)
 
     def stat(self, name: str) -> ObjectInfo:
-        try:
+        with self._translated("read", name):
             return _info(self._api.head(self._store, check_name(name)))
-        except self._errors as exc:
-            raise _translate(exc, "read", name, self._url) from None
 
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
         folder = prefix[: prefix.rfind("/") + 1]
@@ -214,7 +229,7 @@ class CloudStore:
         starts with `prefix` comes after `prefix` less its last character.
         """
         offset = max(filter(_is_legal, (after, prefix[:-1])), default=None)
-        try:
+        with self._translated("list", prefix):
             pages = self._api.list(self._store, folder.rstrip("/") or None, offset=offset, chunk_size=LIST_PAGE)
             for page in pages:
                 for meta in page:
@@ -222,16 +237,10 @@ class CloudStore:
                     if self._lists_in_order and info.name > prefix and not info.name.startswith(prefix):
                         return
                     yield info
-        except self._errors as exc:
-            raise _translate(exc, "list", prefix or "the objects", self._url) from None
 
     def delete(self, name: str) -> None:
-        try:
+        with self._translated("delete", name), suppress(FileNotFoundError):
             self._api.delete(self._store, check_name(name))
-        except FileNotFoundError:
-            return
-        except self._errors as exc:
-            raise _translate(exc, "delete", name, self._url) from None
 
 
 def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -268,45 +277,100 @@ def _scrub(text: str) -> str:
     return _URL_SECRETS.sub("", text)
 
 
-def _reply(exc: Exception) -> tuple[int, str]:
+def _endpoint() -> str:
+    """Where S3 is, when the environment says so: an address that the library would panic about is refused."""
+    found = ""
+    for variable in _ENDPOINTS:
+        address = os.environ.get(variable)
+        if address == "":
+            del os.environ[variable]  # an empty variable is an unset one, but not to the library
+        elif address is not None:
+            parts = urlsplit(address)
+            if parts.scheme not in {"http", "https"} or not parts.hostname:
+                raise InvalidInput(
+                    f"{variable} {_scrub(address)!r} is not a URL; write http://{_scrub(address).rpartition('/')[2]}.",
+                    hint="http:// is for a server of your own; everything else is https://.",
+                )
+            found = found or address
+    return found
+
+
+def _reply(exc: BaseException) -> tuple[int, str]:
     """What came back: the HTTP status (0 where there was no reply) and a short reason without secrets."""
     text = str(exc).split("\n\nDebug source", 1)[0]
     status, code = _STATUS.search(text), _CODE.search(text)
     if status:
         return int(status[1]), f"HTTP {status[1]}" + (f" {code[1]}" if code else "")
-    return 0, _scrub(" ".join(text.split()))[:300].rstrip(". ")
+    return 0, _scrub(" ".join(_EFFORT.sub("", text).split()))[:300].rstrip(". ")
 
 
-def _translate(exc: Exception, action: str, name: str, url: str) -> OutlastError:
+def _unreachable(exc: BaseException, url: str) -> Unavailable | None:
+    text = str(exc)
+    why = next((said for sign, said in _CONNECTION_FAILURES.items() if sign in text), None)
+    if why is None:
+        return None
+    address = re.search(r"Error performing \w+ (https?://[^/\s]+)", text)
+    place = _scrub(address[1]).rpartition("@")[2] if address else url
+    return Unavailable(
+        f"can't reach {place} ({why}).",
+        hint="Check the network and the endpoint (AWS_ENDPOINT_URL for S3); the same command can be run again.",
+    )
+
+
+def _denial(reason: str, action: str, what: str, url: str) -> Refused:
+    no_keys = not any(os.environ.get(variable) for variable in _KEYS)
+    if url.startswith("s3://") and no_keys:
+        return Refused(
+            f"no AWS credentials were found, so {url} does not let us {action} {what}; nothing was changed.",
+            hint="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, then run the same command again.",
+        )
+    return _refusal(reason, action, what, url)
+
+
+def _refusal(reason: str, action: str, what: str, url: str) -> Refused:
+    return Refused(
+        f"{url} does not let us {action} {what} ({reason}). Nothing was changed.",
+        hint="Check the credentials in the environment and what they are allowed to do.",
+    )
+
+
+def _translate(exc: BaseException, action: str, name: str, url: str) -> OutlastError:
     """The one place where obstore's exceptions become ours. Callers cut the chain: it holds URLs."""
     from obstore import exceptions as theirs
 
     status, reason = _reply(exc)
+    what = "objects" if action == "list" else f"the object `{name}`"
+    if action == "open":
+        return InvalidInput(
+            f"{url} can't be opened: {reason}. Nothing was contacted.",
+            hint="Check the environment variables with the account, region and endpoint of the store.",
+        )
     if status == 507 or any(code in reason for code in _FULL_CODES):
         return StoreFull(
-            f"{url} has no room left to {action} {name} ({reason}). What was stored before is unchanged.",
+            f"{url} has no room left to {action} {what} ({reason}). What was stored before is unchanged.",
             hint="Free space or raise the quota, then run the same command again.",
         )
+    if _METADATA_HOST in str(exc):
+        return _denial(reason, action, what, url)
     if isinstance(exc, FileNotFoundError) or status == 404:
         if "NoSuchBucket" in reason or action in {"write", "list"}:
-            return NotFound(f"The bucket of {url} does not exist.", hint="Create it, or correct the URL.")
-        return NotFound(f"There is no object {name} in {url}.")
+            bucket = urlsplit(url).netloc
+            return NotFound(f"the bucket {bucket} of {url} does not exist.", hint="Create it, or correct the URL.")
+        return NotFound(f"there is no object `{name}` in {url}.")
     if isinstance(exc, theirs.AlreadyExistsError | theirs.PreconditionError):
-        return Exists(f"{name} may already exist ({reason}).")
-    denied = isinstance(exc, theirs.PermissionDeniedError | theirs.UnauthenticatedError)
-    if denied or (300 <= status < 500 and status not in _WORTH_RETRYING):
-        return Refused(
-            f"{url} does not let us {action} {name} ({reason}). Nothing was changed.",
-            hint="Check the credentials in the environment and what they are allowed to do.",
-        )
+        return Exists(f"the object `{name}` may already exist ({reason}).")
+    if isinstance(exc, theirs.PermissionDeniedError | theirs.UnauthenticatedError) or status in {401, 403}:
+        return _denial(reason, action, what, url)
+    if 300 <= status < 500 and status not in _WORTH_RETRYING:
+        return _refusal(reason, action, what, url)
     if isinstance(exc, theirs.NotSupportedError | NotImplementedError) or status == 501:
         return Refused(
-            f"{url} can't {action} {name} as asked ({reason}); it lacks conditional writes or ranges.",
+            f"{url} can't {action} {what} as asked ({reason}); it lacks conditional writes or ranges.",
             hint="`outlast doctor store URL` shows what this store does and does not do.",
         )
     if isinstance(exc, theirs.InvalidPathError | ValueError):
         return InvalidInput(f"{name!r} can't be used with {url} ({reason}); nothing was touched.")
-    return Unavailable(
-        f"{url} did not {action} {name} ({reason}).",
+    return (None if status else _unreachable(exc, url)) or Unavailable(
+        f"{url} did not {action} {what} ({reason}).",
         hint="Check the network and the endpoint; the same command can be run again.",
     )

@@ -357,7 +357,7 @@ class LocalStore:
             self._check_root()
 
     def _refuse_strangers(self, staging: str) -> None:
-        """Before the first put: a folder `tmp` that was never ours stays its owner's, so no store is begun around it."""
+        """No store is begun around a folder `tmp` that is somebody else's."""
         if self._swept or not os.path.isdir(staging):
             return
         # A hidden name may be what a network file system makes of a file that we removed while it was open.

@@ -68,7 +68,8 @@ def check_store(store: ObjectStore, clock: Clock = SYSTEM_CLOCK, prefix: str = "
 
     `prefix` is where the checks write, "outlast-conformance-<random>/" when empty; nothing else is
     touched. Raises `InvalidInput` when something is there already, since it would be removed too.
-    It moves about 60 MiB and takes some 1200 writes. Closing the iterator early cleans up.
+    It moves about 60 MiB and takes some 1200 writes. A store that nothing can be written to is not
+    tried any further: its own error is raised. Closing the iterator early cleans up.
     """
     if prefix and next(iter(store.list(prefix)), None) is not None:
         raise InvalidInput(
@@ -77,6 +78,7 @@ def check_store(store: ObjectStore, clock: Clock = SYSTEM_CLOCK, prefix: str = "
         )
     prefix = prefix or f"outlast-conformance-{clock.random_bytes(6).hex()}/"
     try:
+        store.put_if_absent(f"{prefix}probe", [clock.random_bytes(16)])
         for number, check in enumerate(CHECKS):
             yield _run(check, _Place(store, f"{prefix}{number:02d}/", clock))
         yield _run(_check_removal, _Place(store, prefix, clock))
@@ -94,9 +96,10 @@ def _run(check: _Check, place: _Place) -> CheckResult:
     except _ContractError as exc:
         detail, passed = str(exc), False
     except OutlastError as exc:
-        detail, passed = f"{type(exc).__name__}: {exc.message}", False
+        detail, passed = exc.message, False
     except Exception as exc:  # noqa: BLE001  an error that isn't ours is a breach of the contract, whatever it is
-        detail, passed = f"The store raised {type(exc).__name__}, which is none of the contract's: {exc}", False
+        what = f": {exc}" if str(exc) else ""
+        detail, passed = f"The store failed with an error that is none of the contract's{what}", False
     return CheckResult(name, passed, detail, place.clock.monotonic_seconds() - started)
 
 
@@ -125,7 +128,8 @@ def _expect_error(kind: type[OutlastError], call: Callable[[], object], otherwis
     except kind:
         return
     except OutlastError as exc:
-        raise _ContractError(f"{type(exc).__name__} came instead of {kind.__name__}: {exc.message}") from exc
+        told, right = (each.kind.replace("_", " ") for each in (exc, kind))
+        raise _ContractError(f"The store said {told!r} instead of {right!r}: {exc.message}") from exc
     raise _ContractError(otherwise)
 
 
