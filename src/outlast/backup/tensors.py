@@ -56,16 +56,7 @@ def restore_tensors(
     `Corrupt`, `Busy`, `StoreFull`, `Refused`, `Unavailable`; an existing file is then as it was.
     """
     started = repository.clock.monotonic_seconds()
-    path = real_target(target)
-    if os.path.isdir(path):
-        path += b"/tensors.safetensors"
-    elif not path.endswith(b".safetensors"):
-        raise InvalidInput(
-            f"{shown(path)} is no name for a file of tensors, and no folder is there; nothing was changed.",
-            hint="End the target in .safetensors, or name an existing folder.",
-        )
-    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-        raise InvalidInput(f"{shown(path)} is not a file, so it can't be replaced by one; nothing was changed.")
+    path = _file_for(target)
     chunks = RecentChunks(repository)
     found = selected(repository, snapshot, include)
     files = (entry for _, entry in found if entry.type == "file" and entry.size >= _FILE_BYTES_MIN)
@@ -109,6 +100,21 @@ def restore_tensors(
         tensors=[each.name for each in chosen],
         renamed={each.name: each.tensor.name for each in chosen if each.name != each.tensor.name},
     )
+
+
+def _file_for(target: bytes | str) -> bytes:
+    """The file that a target means. Raises `InvalidInput`."""
+    path = real_target(target)
+    if os.path.isdir(path):
+        path += b"/tensors.safetensors"
+    elif not path.endswith(b".safetensors"):
+        raise InvalidInput(
+            f"{shown(path)} is no name for a file of tensors, and no folder is there; nothing was changed.",
+            hint="End the target in .safetensors, or name an existing folder.",
+        )
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise InvalidInput(f"{shown(path)} is not a file, so it can't be replaced by one; nothing was changed.")
+    return path
 
 
 def _storable(every: list[_Chosen]) -> tuple[list[_Chosen], list[Skipped]]:
