@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -19,7 +20,7 @@ from outlast import records
 from outlast.backup.walk import Found
 from outlast.records import ChunkRef, Entry, Hole
 from outlast.repo import formats
-from outlast.repo.chunker import pieces
+from outlast.repo.chunker import Piece, pieces
 from outlast.repo.repository import Repository
 from outlast.repo.write import Prepared, Writer
 
@@ -84,6 +85,7 @@ class FileReader:
         self._chunking = repository.format.chunking
         self._clock = repository.clock
         self._cut = repository.cutter()
+        self._of_thread = threading.local()
         self._pool = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), thread_name_prefix="read")
         self._queue: deque[_Item] = deque()
         self._queued_bytes = 0
@@ -222,8 +224,22 @@ class FileReader:
             if piece.cut:
                 yield from self._prepare_opaque(file, piece.offset, piece.offset + piece.length)
             else:
-                job = _piece_job(self._writer, file.fd, piece.offset, piece.length, piece.item_bytes)
-                yield piece.length, self._pool.submit(job)
+                yield piece.length, self._pool.submit(self._prepare_block, file.fd, piece)
+
+    def _prepare_block(self, fd: int, piece: Piece) -> Prepared:
+        """In a worker: into one buffer per thread, for most blocks of a checkpoint are known already
+        and fresh memory for each would cost more than hashing it."""
+        buffer: bytearray | None = getattr(self._of_thread, "buffer", None)
+        if buffer is None or len(buffer) < piece.length:
+            buffer = self._of_thread.buffer = bytearray(max(piece.length, self._chunking.block_bytes))
+        block = memoryview(buffer)[: piece.length]
+        done = 0
+        while done < piece.length:
+            count = os.preadv(fd, [block[done:]], piece.offset + done)
+            if not count:
+                raise _ChangedError
+            done += count
+        return self._writer.prepare(block, piece.item_bytes)
 
     def _prepare_opaque(self, file: _File, at: int, end: int) -> Iterator[tuple[int, Future[Prepared]]]:
         while at < end:
@@ -278,16 +294,6 @@ class FileReader:
                 return _lying(found) if longer else Reading(entry)
             reading = Reading(msgspec.structs.replace(entry, unstable=True))
         return reading
-
-
-def _piece_job(writer: Writer, fd: int, offset: int, length: int, item_bytes: int) -> Callable[[], Prepared]:
-    def job() -> Prepared:
-        data = _pread(fd, length, offset)
-        if len(data) != length:
-            raise _ChangedError
-        return writer.prepare(data, item_bytes)
-
-    return job
 
 
 def _finish_piece(writer: Writer, file: _File, future: Future[Prepared]) -> Callable[[], Iterator[Reading]]:

@@ -63,7 +63,7 @@ class Writer:
         self.bytes_stored = 0
 
     def prepare(self, plain: bytes | memoryview, item_bytes: int = 0) -> Prepared:
-        """Hash, look up, encode. `plain` must not change until the chunk's pack is durable."""
+        """Hash, look up, encode. A memoryview may be reused afterwards; what is kept of it is copied."""
         repository = self._repository
         chunk = seal.chunk_id(plain, repository.keys)
         if repository.knows(chunk):
