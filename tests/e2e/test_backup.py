@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from trees import content, entries
 
 from outlast.backup import read
 from outlast.backup.create import create
 from outlast.errors import InvalidInput, Refused, StoreFull
 from outlast.events import ListSink
-from outlast.records import Chunking, Entry
+from outlast.records import Chunking
 from outlast.repo.repository import Repository
 from outlast.store.layers import QuotaStore
 from outlast.store.local import LocalStore
@@ -40,14 +41,6 @@ def source(tmp_path: Path) -> Path:
     folder = tmp_path / "source"
     folder.mkdir()
     return folder
-
-
-def entries(repository: Repository) -> dict[str, Entry]:
-    return {entry.path: entry for entry in repository.entries(repository.find_snapshot("latest"))}
-
-
-def content(repository: Repository, entry: Entry) -> bytes:
-    return b"".join(bytes(repository.get_chunk(bytes.fromhex(chunk))) for chunk, _ in entry.chunks)
 
 
 def settle(folder: Path) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from trees import content, entries
 
 from outlast import records
 from outlast.backup import read, restore
 from outlast.backup.create import create
 from outlast.errors import Corrupt, InvalidInput, OutlastError, Refused, Unavailable
 from outlast.events import ListSink
-from outlast.records import Chunking, Entry
+from outlast.records import Chunking
 from outlast.repo.check import check
 from outlast.repo.repository import Repository
 from outlast.store.local import LocalStore
@@ -29,14 +30,6 @@ def source(tmp_path: Path) -> Path:
     folder = tmp_path / "source"
     folder.mkdir()
     return folder
-
-
-def entries(repository: Repository) -> dict[str, Entry]:
-    return {entry.path: entry for entry in repository.entries(repository.find_snapshot("latest"))}
-
-
-def content(repository: Repository, entry: Entry) -> bytes:
-    return b"".join(bytes(repository.get_chunk(bytes.fromhex(chunk))) for chunk, _ in entry.chunks)
 
 
 def damage(store: MemoryStore, name: str, at: int) -> None:

@@ -7,6 +7,9 @@ import os
 import stat
 from typing import Any
 
+from outlast.records import Entry
+from outlast.repo.repository import Repository
+
 
 def describe(root: bytes | str) -> dict[bytes, tuple[Any, ...]]:
     """Everything a restore must bring back: type, mode, mtime, content, link targets, which names are one file."""
@@ -29,3 +32,11 @@ def describe(root: bytes | str) -> dict[bytes, tuple[Any, ...]]:
                     facts += (first_name.setdefault(status.st_ino, relative),)
             found[relative] = facts
     return found
+
+
+def entries(repository: Repository) -> dict[str, Entry]:
+    return {entry.path: entry for entry in repository.entries(repository.find_snapshot("latest"))}
+
+
+def content(repository: Repository, entry: Entry) -> bytes:
+    return b"".join(bytes(repository.get_chunk(bytes.fromhex(chunk))) for chunk, _ in entry.chunks)

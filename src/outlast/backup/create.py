@@ -131,7 +131,7 @@ class _Backup:
         """(device, inode) of files with several names -> the name under which it was read"""
         self.problems: list[Problem] = []
         self._unreadable = self._unstable = self._files = self._bytes = 0
-        self._done_files = self._done_bytes = self._total_files = self._total_bytes = 0
+        self._total_files = self._total_bytes = 0
 
     def run(self, tags: dict[str, str]) -> Snapshot:
         writer = self._repository.writer(trusting=not self._full)
@@ -290,11 +290,10 @@ class _Backup:
 
     def _take(self, writer: Writer, entry: Entry) -> None:
         writer.add_entry(entry)
-        self._done_files += 1
         if entry.type == "file":
             self._files += 1
             self._bytes += entry.size
-            if self._done_files % 256 == 0 or entry.size > 1 << 20:
+            if self._files % 256 == 0 or entry.size > 1 << 20:
                 self._tell()
         elif entry.type == "hardlink":
             self._files += 1
