@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from outlast.repo.check import check
     from outlast.repo.repository import Repository
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Entry",
     "OutlastError",
@@ -132,10 +134,6 @@ def _secret(passphrase: Passphrase | None) -> Callable[[], bytes] | None:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("outlast")
     if name not in _HOMES:
         raise AttributeError(f"module 'outlast' has no attribute {name!r}")
     module, attribute = _HOMES[name]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import secrets  # noqa: TID251  the one place
+import os
 import time  # noqa: TID251  the one place
-from random import Random  # noqa: TID251  the one place
 from typing import Protocol
 
 
@@ -39,7 +38,7 @@ class SystemClock:
         time.sleep(seconds)
 
     def random_bytes(self, count: int) -> bytes:
-        return secrets.token_bytes(count)
+        return os.urandom(count)
 
 
 class ManualClock:
@@ -52,6 +51,8 @@ class ManualClock:
     """
 
     def __init__(self, seed: int = 0, now_ns: int = 1_750_000_000_000_000_000) -> None:
+        from random import Random  # noqa: TID251  the one place; here, for it loads OpenSSL
+
         self._random = Random(seed)
         self._start_ns = now_ns
         self._elapsed_ns = 0

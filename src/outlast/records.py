@@ -68,11 +68,15 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
     @property
     def raw_path(self) -> bytes:
-        return unquote_to_bytes(self.path)
+        return _raw(self.path)
 
     @property
     def raw_target(self) -> bytes:
-        return unquote_to_bytes(self.target)
+        return _raw(self.target)
+
+
+def _raw(text: str) -> bytes:
+    return unquote_to_bytes(text) if "%" in text else text.encode()
 
 
 class Snapshot(msgspec.Struct, frozen=True, omit_defaults=True):

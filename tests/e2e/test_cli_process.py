@@ -158,7 +158,7 @@ def wait(call):
         os.kill(os.getpid(), signal.SIGINT)
         print("all was put away")
 
-command.add_command(main.app, wait)
+main.app.add_command(command.Command("wait", callback=wait))
 sys.exit(main.main(["wait"]))
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

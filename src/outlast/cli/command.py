@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache, partial
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
-import typer
+import click
 
 from outlast.cli.output import Failure, JsonPrinter, OutputClosed, Printer, TextPrinter
 from outlast.cli.passphrase import Secret, is_given, known_secret
@@ -67,31 +67,22 @@ class Options(NamedTuple):
         return Options._make(inner or other for inner, other in zip(self, outer, strict=True))
 
 
-def shared_options(
-    repo: Annotated[
-        str | None,
-        typer.Option(
-            "--repo", "-r", metavar="URL", help="The repository: a path, s3://, gs://, az:// (or OUTLAST_REPO)."
-        ),
-    ] = None,
-    passphrase_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A file that holds the passphrase (or OUTLAST_PASSPHRASE).")
-    ] = None,
-    passphrase_command: Annotated[
-        str | None, typer.Option(metavar="COMMAND", help="A command that prints the passphrase.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    json_lines: Annotated[
-        bool, typer.Option("--json-lines", help="Print progress and events as JSON lines; the last is the result.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> Options:
-    """The one definition of the global options; every command and the program itself take them."""
-    return Options(repo, passphrase_file, passphrase_command, json, json_lines, quiet, debug)
-
-
-SHARED = list(inspect.signature(shared_options, eval_str=True).parameters.values())
+SHARED = [
+    click.Option(
+        ["--repo", "-r"], metavar="URL", help="The repository: a path, s3://, gs://, az:// (or OUTLAST_REPO)."
+    ),
+    click.Option(
+        ["--passphrase-file"], metavar="FILE", help="A file that holds the passphrase (or OUTLAST_PASSPHRASE)."
+    ),
+    click.Option(["--passphrase-command"], metavar="COMMAND", help="A command that prints the passphrase."),
+    click.Option(["--json"], is_flag=True, help="Print one JSON document."),
+    click.Option(
+        ["--json-lines"], is_flag=True, help="Print progress and events as JSON lines; the last is the result."
+    ),
+    click.Option(["--quiet", "-q"], is_flag=True, help="No progress and no summary."),
+    click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
+]
+"""The global options as the command line knows them; each is a field of `Options`."""
 
 
 class Call:
@@ -197,67 +188,80 @@ def make_printer(options: Options) -> Printer:
     return TextPrinter(quiet=options.quiet)
 
 
-def add_command(
-    app: typer.Typer,
-    run: Callable[..., int | None],
-    *,
-    codes: tuple[int, ...] = (),
-    when_stopped: str = "Nothing was changed.",
-) -> None:
-    """Add `run(call, ...)` to the app as a command of its name.
+class _Sharing(click.Command):
+    """What takes the global options besides its own, and leaves them as `Options` in the context."""
+
+    def __init__(self, *names: Any, **settings: Any) -> None:
+        super().__init__(*names, **settings)
+        self.params += SHARED
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        _refuse_empty(ctx)
+        options = Options(**{name: ctx.params.pop(name) for name in Options._fields})
+        ctx.obj = options.over(ctx.obj or Options())
+        return rest
+
+
+class Command(_Sharing):
+    """A function `run(call, ...)` as a command.
 
     `codes` are its exit codes beyond 0, 1, 2 and 130; `when_stopped` says what is safe when the user
     stops it.
     """
-    own = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
 
-    def command(context: typer.Context, **given: Any) -> int:
-        _refuse_empty(context, given)
-        options = shared_options(**{parameter.name: given.pop(parameter.name) for parameter in SHARED})
-        call = Call(options.over(context.obj or Options()))
-        return end(call.printer, call.options.debug, when_stopped, partial(run, call, **given))
+    def __init__(
+        self, *names: Any, codes: tuple[int, ...] = (), when_stopped: str = "Nothing was changed.", **settings: Any
+    ) -> None:
+        super().__init__(*names, **settings)
+        told = "; ".join(f"{code} {CODES[code]}" for code in sorted({0, 1, 2, 130, *codes}))
+        self.help = f"{inspect.cleandoc(self.help or '')}\n\nExit codes: {told}."
+        self.when_stopped = when_stopped
 
-    told = "; ".join(f"{code} {CODES[code]}" for code in sorted({0, 1, 2, 130, *codes}))
-    app.command(run.__name__, help=f"{inspect.getdoc(run)}\n\nExit codes: {told}.")(_takes(command, own))
-
-
-def new_group(help_text: str, own: Callable[..., None] | None = None) -> typer.Typer:
-    """A group of commands that takes the shared options before the command, and those of `own`."""
-    settings = {"help_option_names": ["-h", "--help"]}
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, help=help_text, context_settings=settings)
-
-    def before_command(context: typer.Context, **given: Any) -> None:
-        _refuse_empty(context, given)
-        options = shared_options(**{parameter.name: given[parameter.name] for parameter in SHARED})
-        context.obj = options.over(context.obj or Options())
-        if context.invoked_subcommand is None:
-            if options.json or options.json_lines:
-                raise InvalidInput("no command was given.", hint=f"`{context.command_path} --help` lists them.")
-            typer.echo(context.get_help())
-            raise typer.Exit(InvalidInput.exit_code)
-
-    extra = list(inspect.signature(own, eval_str=True).parameters.values()) if own else []
-    app.callback(invoke_without_command=True)(_takes(before_command, extra))
-    return app
+    def invoke(self, ctx: click.Context) -> int:
+        call = Call(ctx.obj)
+        assert self.callback
+        return end(call.printer, call.options.debug, self.when_stopped, partial(self.callback, call, **ctx.params))
 
 
-def _refuse_empty(context: typer.Context, given: dict[str, Any]) -> None:
+class Group(_Sharing, click.Group):
+    """Commands that take the global options also before their name. Without a name it shows the help."""
+
+    def __init__(self, *names: Any, **settings: Any) -> None:
+        usage = "COMMAND [ARGS]..."
+        super().__init__(*names, invoke_without_command=True, subcommand_metavar=usage, **settings)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # as they were added; Click sorts them
+
+    def invoke(self, ctx: click.Context) -> Any:
+        code = super().invoke(ctx)
+        if ctx.invoked_subcommand is not None:
+            return code
+        if ctx.obj.json or ctx.obj.json_lines:
+            raise InvalidInput("no command was given.", hint=f"`{ctx.command_path} --help` lists them.")
+        click.echo(ctx.get_help())
+        return InvalidInput.exit_code
+
+
+class Argument(click.Argument):
+    """An argument that the help explains; Click itself can only since 8.5."""
+
+    def __init__(self, names: list[str], help: str, **settings: Any) -> None:
+        super().__init__(names, **settings)
+        self.help = help
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        return self.human_readable_name, self.help or ""
+
+
+def _refuse_empty(context: click.Context) -> None:
     """Raise `InvalidInput` for an empty word: it is mostly a variable of a script that was not set."""
     for parameter in context.command.params:
-        value = given.get(parameter.name or "")
-        if value == "" or (isinstance(value, list | tuple) and "" in value):
-            is_option = parameter.param_type_name == "option"
-            label = parameter.opts[0] if is_option else str(parameter.name).upper()
+        value = context.params.get(parameter.name or "")
+        if value == "" or (isinstance(value, tuple) and "" in value):
+            label = parameter.opts[0] if isinstance(parameter, click.Option) else str(parameter.name).upper()
             raise InvalidInput(f"{label} is empty; nothing was done.", hint="Give it a value, or leave it out.")
-
-
-def _takes(function: Callable[..., Any], own: list[inspect.Parameter]) -> Callable[..., Any]:
-    """Give the function the signature from which Typer learns the options: its own, then the shared ones."""
-    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    options = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in [*own, *SHARED]]
-    function.__signature__ = inspect.Signature([context, *options])  # type: ignore[attr-defined]
-    function.__annotations__ = {}
-    return function
 
 
 def end(printer: Printer, debug: bool, when_stopped: str, run: Callable[[], int | None]) -> int:
@@ -294,9 +298,10 @@ def explain(exc: BaseException, when_stopped: str = "") -> Failure:
         how = "ended by SIGTERM." if terminated else "cancelled."
         code = TERMINATED if terminated else Cancelled.exit_code
         return Failure(Cancelled.kind, f"{how} {when_stopped}".rstrip(), "", code)
-    usage = getattr(exc, "format_message", None)
-    if usage is not None:
-        return Failure(InvalidInput.kind, _sentence(usage()), _usage_hint(exc), InvalidInput.exit_code)
+    if isinstance(exc, click.UsageError):
+        path = exc.ctx.command_path if exc.ctx else "outlast"
+        hint = f"`{path} --help` shows what it takes."
+        return Failure(InvalidInput.kind, _sentence(exc.format_message()), hint, InvalidInput.exit_code)
     if isinstance(exc, OSError) and exc.errno is not None:
         full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
         where = f" ({os.fsdecode(exc.filename)})" if isinstance(exc.filename, str | bytes) else ""
@@ -320,12 +325,6 @@ def _sentence(text: str) -> str:
     """A usage error of the option parser in our form."""
     text = " ".join(text.split())
     return text[:1].lower() + text[1:] + ("" if text.endswith((".", "?", ")")) else ".")
-
-
-def _usage_hint(exc: BaseException) -> str:
-    context = getattr(exc, "ctx", None)
-    path = context.command_path if context is not None else "outlast"
-    return f"`{path} --help` shows what it takes."
 
 
 def terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
-from outlast.cli.command import FAILED, Call
+from outlast.cli.command import FAILED, Argument, Call, Command, Group
 from outlast.cli.text import count_text, duration_text, printable
 
 if TYPE_CHECKING:
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from outlast.testing.conformance import CheckResult
 
 
-def store(
-    call: Call,
-    url: Annotated[
-        str, typer.Argument(metavar="URL", help="A path, s3://, gs:// or az://, as for --repo.", show_default=False)
-    ],
-) -> int:
+@click.group(cls=Group)
+def doctor() -> None:
+    """Find out what is wrong with the ground that a repository stands on."""
+
+
+@doctor.command(cls=Command, codes=(21,), when_stopped="What the checks wrote was removed.")
+@click.argument("url", cls=Argument, metavar="URL", help="A path, s3://, gs:// or az://, as for --repo.")
+def store(call: Call, url: str) -> int:
     """Check that a store keeps the promises a repository needs.
 
     It writes about 40 MiB below a name of its own, touches nothing else, and removes what it wrote.

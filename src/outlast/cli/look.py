@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
-from outlast.cli.command import CORRUPT, Call
-from outlast.cli.protect import Name, snapshot_document, tags_text
+from outlast.cli.command import CORRUPT, Argument, Call, Command
+from outlast.cli.protect import name_option, snapshot_argument, snapshot_document, tags_text
 from outlast.cli.text import (
     count_text,
     path_quoted,
@@ -37,19 +37,14 @@ _KINDS = {
     "Links": ("symlink",),
 }
 
-SnapshotId = Annotated[
-    str, typer.Argument(metavar="SNAPSHOT", help="The first characters of an id, or `latest`.", show_default=False)
-]
 
-
-def show(
-    call: Call,
-    snapshot: SnapshotId,
-    path: Annotated[
-        str | None, typer.Argument(metavar="[PATH]", help="Only this file or folder, with all its tensors.")
-    ] = None,
-    name: Name = None,
-) -> int:
+@click.command(cls=Command, codes=(10, 12, 20, 21))
+@snapshot_argument
+@click.argument(
+    "path", cls=Argument, metavar="[PATH]", required=False, help="Only this file or folder, with all its tensors."
+)
+@name_option
+def show(call: Call, snapshot: str, path: str | None, name: str | None) -> int:
     """List the files of a snapshot, and the tensors inside them: name, dtype, shape, bytes."""
     from outlast.backup import inspect
 
@@ -172,12 +167,11 @@ def _tensor_lines(view: FileView, snapshot: Snapshot, limit: int | None) -> Iter
         )
 
 
-def diff(
-    call: Call,
-    before: Annotated[str, typer.Argument(metavar="BEFORE", help="The earlier snapshot.", show_default=False)],
-    after: Annotated[str, typer.Argument(metavar="AFTER", help="The later one, or `latest`.", show_default=False)],
-    name: Name = None,
-) -> int:
+@click.command(cls=Command, codes=(10, 12, 20, 21))
+@click.argument("before", cls=Argument, metavar="BEFORE", help="The earlier snapshot.")
+@click.argument("after", cls=Argument, metavar="AFTER", help="The later one, or `latest`.")
+@name_option
+def diff(call: Call, before: str, after: str, name: str | None) -> int:
     """Compare two snapshots: files and tensors added, removed, changed, and by how many bytes."""
     import msgspec
 

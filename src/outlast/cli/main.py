@@ -8,64 +8,29 @@ import signal
 import sys
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Annotated
 
-import typer
+import click
 
+from outlast import __version__
 from outlast.cli import doctor, look, protect
-from outlast.cli.command import Options, add_command, make_printer, new_group, tell, terminate
-
-_HELP = """Back up model folders, and bring them back verified.
-
-The repository is --repo URL or OUTLAST_REPO. The options may stand before or after the command.
-
-Exit codes: 0 done; 1 failed; 2 wrong usage; 3 partly done; 10 no repository; 11 busy; 12 wrong key;
-20 corrupt; 21 refused; 22 fenced; 130 cancelled; 143 ended by SIGTERM.
-"""
+from outlast.cli.command import Group, Options, make_printer, tell, terminate
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from outlast import __version__
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="%(prog)s %(version)s", help="Print the version.")
+def app() -> None:
+    """Back up model folders, and bring them back verified.
 
-        typer.echo(f"outlast {__version__}")
-        raise typer.Exit
+    The repository is --repo URL or OUTLAST_REPO. The options may stand before or after the command.
 
-
-def _top_options(
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
-    ] = False,
-) -> None:
-    return
+    Exit codes: 0 done; 1 failed; 2 wrong usage; 3 partly done; 10 no repository; 11 busy; 12 wrong key;
+    20 corrupt; 21 refused; 22 fenced; 130 cancelled; 143 ended by SIGTERM.
+    """
 
 
-app = new_group(_HELP, _top_options)
-add_command(
-    app,
-    protect.init,
-    codes=(12, 21),
-    when_stopped="There is either a whole repository or none: `outlast snapshots` tells.",
-)
-add_command(
-    app,
-    protect.backup,
-    codes=(3, 10, 12, 20, 21),
-    when_stopped="What was committed is whole: see `outlast snapshots`. The next backup uses what was already stored.",
-)
-add_command(app, protect.snapshots, codes=(10, 12, 20, 21))
-add_command(app, look.show, codes=(10, 12, 20, 21))
-add_command(app, look.diff, codes=(10, 12, 20, 21))
-add_command(
-    app,
-    protect.restore,
-    codes=(3, 10, 11, 12, 20, 21),
-    when_stopped="Every file at the target is whole, as it was or as restored; the same command goes on from here.",
-)
-add_command(app, protect.check, codes=(10, 12, 20, 21))
-doctors = new_group("Find out what is wrong with the ground that a repository stands on.")
-add_command(doctors, doctor.store, codes=(21,), when_stopped="What the checks wrote was removed.")
-app.add_typer(doctors, name="doctor")
+for command in (protect.init, protect.backup, protect.snapshots, look.show, look.diff, protect.restore, protect.check):
+    app.add_command(command)
+app.add_command(doctor.doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, terminate)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the caller wants it ignored
             signal.signal(signal.SIGINT, terminate)
-        return int(typer.main.get_command(app).main(given, prog_name="outlast", standalone_mode=False) or 0)
+        return int(app.main(given, prog_name="outlast", standalone_mode=False) or 0)
     except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001  only what went wrong before a command ran
         options = set(takewhile(lambda argument: argument != "--", given))
         form = Options(json="--json" in options, json_lines="--json-lines" in options)

@@ -10,9 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import threading
-import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
@@ -133,7 +131,7 @@ class TextPrinter:
 
     def trace(self, error: BaseException) -> None:
         self._stop_bar()
-        self._tell("".join(traceback.format_exception(error)).rstrip())
+        self._tell(_traceback_text(error))
 
     def close(self) -> None:
         self._stop_bar()
@@ -185,6 +183,8 @@ class JsonPrinter:
         self._line({"progress": {name: getattr(progress, name) for name in progress.__struct_fields__}})
 
     def result(self, document: Any, lines: Iterable[str], *, always: bool = False) -> None:
+        import tempfile
+
         # What fails while a long list is made must not leave half a document behind.
         with tempfile.SpooledTemporaryFile(_SPOOL_BYTES) as spool:
             for piece in json_pieces(document):
@@ -204,7 +204,7 @@ class JsonPrinter:
         self.result({"error": failure._asdict()}, ())
 
     def trace(self, error: BaseException) -> None:
-        _write_error("".join(traceback.format_exception(error)).rstrip())
+        _write_error(_traceback_text(error))
 
     def close(self) -> None:
         return
@@ -244,6 +244,12 @@ def json_pieces(document: Any) -> Iterator[bytes]:
 def _json_bytes(value: Any) -> bytes:
     # A file name that is no text arrives as lone surrogates, which JSON can only hold as escapes.
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def _traceback_text(error: BaseException) -> str:
+    import traceback
+
+    return "".join(traceback.format_exception(error)).rstrip()
 
 
 def _write_out(data: bytes) -> None:

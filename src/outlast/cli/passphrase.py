@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import getpass
 import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 
@@ -70,6 +67,9 @@ def _from_file(path: str) -> bytes:
 
 def _from_command(command: str) -> bytes:
     """Run without a shell; what it says on standard error goes to the terminal, its output nowhere."""
+    import shlex
+    import subprocess
+
     try:
         words = shlex.split(command)
     except ValueError as exc:
@@ -100,6 +100,8 @@ def _at_terminal() -> bool:
 
 
 def _ask(prompt: str) -> bytes:
+    import getpass
+
     try:
         return os.fsencode(getpass.getpass(prompt))
     except EOFError as exc:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-import typer
+import click
 
-from outlast.cli.command import CORRUPT, PARTLY_DONE, Call
+from outlast.cli.command import CORRUPT, PARTLY_DONE, Argument, Call, Command
 from outlast.cli.passphrase import VARIABLE, is_given, new_secret
 from outlast.cli.text import (
     count_text,
@@ -33,23 +33,25 @@ if TYPE_CHECKING:
 
 _FILES_SHOWN = 10
 
-Tags = Annotated[
-    list[str] | None, typer.Option("--tag", metavar="KEY=VALUE", help="A tag of the snapshot. May be repeated.")
-]
+snapshot_argument = click.argument(
+    "snapshot", cls=Argument, metavar="SNAPSHOT", help="The first characters of an id, or `latest`."
+)
+name_option = click.option("--name", metavar="NAME", help="Take snapshots from those of this name.")
+_tag_option = click.option("--tag", multiple=True, metavar="KEY=VALUE", help="A tag of the snapshot. May be repeated.")
 
 
-Name = Annotated[str | None, typer.Option(metavar="NAME", help="Take snapshots from those of this name.")]
-
-
-def init(
-    call: Call,
-    encrypt: Annotated[
-        bool, typer.Option("--encrypt", help="Encrypt with a passphrase. Lost passphrase, lost data.")
-    ] = False,
-    compression: Annotated[
-        str, typer.Option(metavar="auto|none|zstd", help="auto compresses what gains from it, floats by byte planes.")
-    ] = "auto",
-) -> None:
+@click.command(
+    cls=Command, codes=(12, 21), when_stopped="There is either a whole repository or none: `outlast snapshots` tells."
+)
+@click.option("--encrypt", is_flag=True, help="Encrypt with a passphrase. Lost passphrase, lost data.")
+@click.option(
+    "--compression",
+    metavar="auto|none|zstd",
+    default="auto",
+    show_default=True,
+    help="auto compresses what gains from it, floats by byte planes.",
+)
+def init(call: Call, encrypt: bool, compression: str) -> None:
     """Make a repository at --repo."""
     from outlast.repo.repository import Repository
 
@@ -78,19 +80,20 @@ def init(
     call.printer.result(document, [f"Made a repository at {printable(store.url)} ({sealed})."])
 
 
+@click.command(
+    cls=Command,
+    codes=(3, 10, 12, 20, 21),
+    when_stopped="What was committed is whole: see `outlast snapshots`. The next backup uses what was already stored.",
+)
+@click.argument("path", cls=Argument, nargs=-1, required=True, metavar="PATH...", help="Folders and files to back up.")
+@click.option("--name", metavar="NAME", help="What the snapshot is of. Default: the name of the first PATH.")
+@_tag_option
+@click.option(
+    "--exclude", multiple=True, metavar="GLOB", help="Leave out what fits; as in .gitignore. May be repeated."
+)
+@click.option("--full", is_flag=True, help="Read every file, also those that look unchanged.")
 def backup(
-    call: Call,
-    path: Annotated[
-        list[str], typer.Argument(metavar="PATH...", help="Folders and files to back up.", show_default=False)
-    ],
-    name: Annotated[
-        str | None, typer.Option(help="What the snapshot is of. Default: the name of the first PATH.")
-    ] = None,
-    tag: Tags = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Leave out what fits; as in .gitignore. May be repeated.")
-    ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Read every file, also those that look unchanged.")] = False,
+    call: Call, path: Sequence[str], name: str | None, tag: Sequence[str], exclude: Sequence[str], full: bool
 ) -> int:
     """Back up folders and files into one new snapshot."""
     import msgspec
@@ -103,7 +106,7 @@ def backup(
         [os.fsencode(source) for source in path],
         name=name,
         tags=tags,
-        exclude=exclude or (),
+        exclude=exclude,
         full=full,
     )
     call.printer.result(msgspec.to_builtins(report), _backup_lines(report))
@@ -122,11 +125,10 @@ def _backup_lines(report: BackupReport) -> Iterator[str]:
         yield f"{count_text(report.unstable, 'file')} kept changing: in this snapshot as last read, marked unstable."
 
 
-def snapshots(
-    call: Call,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="Only those of this name.")] = None,
-    tag: Tags = None,
-) -> int:
+@click.command(cls=Command, codes=(10, 12, 20, 21))
+@click.option("--name", metavar="NAME", help="Only those of this name.")
+@_tag_option
+def snapshots(call: Call, name: str | None, tag: Sequence[str]) -> int:
     """List the snapshots, oldest first."""
     tags = _tags(tag)
     repository = call.readable_repository()
@@ -184,21 +186,27 @@ def _flaws(snapshot: Snapshot) -> str:
     return f"  ({', '.join(flaws)})" if flaws else ""
 
 
+@click.command(
+    cls=Command,
+    codes=(3, 10, 11, 12, 20, 21),
+    when_stopped="Every file at the target is whole, as it was or as restored; the same command goes on from here.",
+)
+@snapshot_argument
+@click.option("--to", required=True, metavar="DIR", help="The folder; with --tensor, the .safetensors file.")
+@name_option
+@click.option("--include", multiple=True, metavar="GLOB", help="Only files that fit. May be repeated.")
+@click.option("--tensor", multiple=True, metavar="NAME", help="Only tensors of this name or glob. May be repeated.")
+@click.option("--dry-run", is_flag=True, help="Show what would be done, and do nothing.")
+@click.option("--overwrite", is_flag=True, help="Don't keep what is replaced as DIR.before-<time>.")
 def restore(
     call: Call,
-    snapshot: Annotated[str, typer.Argument(metavar="SNAPSHOT", help="The first characters of an id, or `latest`.")],
-    to: Annotated[str, typer.Option("--to", metavar="DIR", help="The folder; with --tensor, the .safetensors file.")],
-    name: Name = None,
-    include: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Only files that fit. May be repeated.")
-    ] = None,
-    tensor: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Only tensors of this name or glob. May be repeated.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Don't keep what is replaced as DIR.before-<time>.")
-    ] = False,
+    snapshot: str,
+    to: str,
+    name: str | None,
+    include: Sequence[str],
+    tensor: Sequence[str],
+    dry_run: bool,
+    overwrite: bool,
 ) -> int:
     """Bring a snapshot back, every chunk verified. The target changes at one instant, at the end."""
     import msgspec
@@ -212,10 +220,10 @@ def restore(
     chosen = call.snapshot(repository, snapshot, name)
     target = os.fsencode(to)
     if tensor:
-        report = restore_tensors(repository, chosen, tensor, target, include=include or (), overwrite=overwrite)
+        report = restore_tensors(repository, chosen, tensor, target, include=include, overwrite=overwrite)
     else:
-        planned = plan(repository, chosen, target, include=include or (), overwrite=overwrite)
-        for glob in _unfit(include or [], planned, repository):
+        planned = plan(repository, chosen, target, include=include, overwrite=overwrite)
+        for glob in _unfit(include, planned, repository):
             call.warnings.append(f"the pattern {glob!r} fits nothing.")
             call.printer.warn(call.warnings[-1])
         if dry_run:
@@ -226,7 +234,7 @@ def restore(
     return PARTLY_DONE if report.skipped else 0
 
 
-def _unfit(globs: list[str], plan: RestorePlan, repository: Repository) -> list[str]:
+def _unfit(globs: Sequence[str], plan: RestorePlan, repository: Repository) -> list[str]:
     """The patterns that fit none of what is restored; a single one that fits nothing is an error before."""
     from outlast.backup.selection import matcher
 
@@ -305,12 +313,15 @@ def _plan_lines(plan: RestorePlan) -> Iterator[str]:
         yield f"What is there now would be kept as {path_shown(path_text(plan.kept_as))}."
 
 
-def check(
-    call: Call,
-    data: Annotated[
-        str, typer.Option(metavar="all|none|N%", help="How much of the stored data to read besides the structure.")
-    ] = "none",
-) -> int:
+@click.command(cls=Command, codes=(10, 12, 20, 21))
+@click.option(
+    "--data",
+    metavar="all|none|N%",
+    default="none",
+    show_default=True,
+    help="How much of the stored data to read besides the structure.",
+)
+def check(call: Call, data: str) -> int:
     """Verify the repository, and name what is damaged and which snapshots and files need it."""
     import msgspec
 
@@ -371,9 +382,9 @@ def _share(text: str) -> Literal["all", "none"] | float:
     return share
 
 
-def _tags(given: list[str] | None) -> dict[str, str]:
+def _tags(given: Sequence[str]) -> dict[str, str]:
     tags = {}
-    for tag in given or ():
+    for tag in given:
         key, separator, value = tag.partition("=")
         if not key or not separator:
             raise InvalidInput(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Iterator, Sequence
-from urllib.parse import unquote_to_bytes
 
 ID_CHARACTERS = 8
 
@@ -77,8 +75,7 @@ def path_shown(path: str) -> str:
     >>> path_shown("50%25/caf%E9%0A"), path_shown("a b.pt")
     ('50%/caf\\\\xe9\\\\n', 'a b.pt')
     """
-    raw = unquote_to_bytes(path) if "%" in path else path.encode("utf-8", "surrogateescape")
-    return printable(raw.decode("utf-8", "backslashreplace"))
+    return printable(_raw(path).decode("utf-8", "backslashreplace"))
 
 
 def path_quoted(path: str) -> str:
@@ -87,12 +84,22 @@ def path_quoted(path: str) -> str:
     >>> print(path_quoted("step 1.pt"), path_quoted("-x"), path_quoted("it's%0A"))
     'step 1.pt' ./-x $'it\\047s\\012'
     """
-    raw = unquote_to_bytes(path) if "%" in path else path.encode("utf-8", "surrogateescape")
+    import shlex
+
+    raw = _raw(path)
     raw = b"./" + raw if raw.startswith(b"-") else raw
     shown = raw.decode("utf-8", "surrogateescape")
     if shown.isprintable():
         return shlex.quote(shown)
     return "$'" + "".join(chr(c) if 32 <= c < 127 and c not in b"'\\" else f"\\{c:03o}" for c in raw) + "'"
+
+
+def _raw(path: str) -> bytes:
+    if "%" not in path:
+        return path.encode("utf-8", "surrogateescape")
+    from urllib.parse import unquote_to_bytes
+
+    return unquote_to_bytes(path)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: str = "") -> Iterator[str]:

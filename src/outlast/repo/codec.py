@@ -11,6 +11,10 @@ high half is split again in the same way until one byte is left. So w = 4 gives 
 one byte (0 stored, 1 zstd frame) and its stored length (u32, little-endian), then the planes'
 stored bytes in the same order, then the `length % w` bytes that are left over at the end.
 
+Exponents are skewed but seldom repeat, so for planes of single bytes zstd is told to look for next
+to no matches: a third of the time of level 1, and a twelfth smaller, because writing down a short
+match costs more than the entropy coder needs for its bytes.
+
 A chunk is stored raw where the gain is below `GAIN_MIN`. Whatever a codec touched is decoded and
 compared with its source before it counts as encoded (a bug in a compression library has
 corrupted backups of others).
@@ -39,17 +43,23 @@ GAIN_MIN = 0.05
 _SAMPLE_BYTES = 16 << 10
 _SMALL_BYTES = 256
 _LEVEL = 1
+_FEW_MATCHES = zstandard.ZstdCompressionParameters(
+    window_log=20, chain_log=6, hash_log=6, search_log=1, min_match=7, strategy=zstandard.STRATEGY_FAST
+)
 _PLANE_HEAD = struct.Struct("<BI")
 
 
 class Encoder:
     """Chooses and applies codecs. It keeps its zstd contexts, which cost more to make than a small
-    chunk costs to compress; so it is for one thread."""
+    chunk costs to compress, and its buffers, for fresh memory costs as much as the work done in it;
+    so it is for one thread."""
 
     def __init__(self, compression: Compression) -> None:
         self._compression = compression
         self._compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=False)
+        self._byte_compressor = zstandard.ZstdCompressor(compression_params=_FEW_MATCHES)
         self._decompressor = zstandard.ZstdDecompressor()
+        self._split = self._joined = np.empty(0, np.uint8)
 
     def encode(self, plain: bytes | memoryview, item_bytes: int) -> tuple[int, bytes | memoryview]:
         """(codec, encoded bytes). `item_bytes` is the width of the elements that the chunk holds,
@@ -79,14 +89,21 @@ class Encoder:
 
     def _encode_planes(self, plain: bytes | memoryview, item_bytes: int) -> bytes | None:
         """The plane form, or None where it saves too little."""
-        whole = len(plain) - len(plain) % item_bytes
-        elements = np.frombuffer(plain, np.uint8, count=whole)
+        length = len(plain)
+        whole = length - length % item_bytes
+        if len(self._split) < length:
+            self._split, self._joined = np.empty(length, np.uint8), np.empty(length, np.uint8)
+        source = np.frombuffer(plain, np.uint8)
         heads: list[bytes] = []
         planes: list[bytes | memoryview] = []
-        stored = 0
-        for view in _plane_views(elements, item_bytes):
-            plane = np.ascontiguousarray(view).data.cast("B") if whole else memoryview(b"")
-            packed = self._compressor.compress(plane) if whole and self._worth_trying(plane) else None
+        stored = at = 0
+        for view in _plane_views(source[:whole], item_bytes):
+            flat = self._split[at : at + view.nbytes]
+            flat.view(view.dtype)[:] = view
+            at += view.nbytes
+            plane = flat.data
+            compressor = self._byte_compressor if view.itemsize == 1 else self._compressor
+            packed = compressor.compress(plane) if whole and self._worth_trying(plane) else None
             if packed is not None and len(packed) <= len(plane) * (1 - GAIN_MIN):
                 heads.append(_PLANE_HEAD.pack(1, len(packed)))
                 planes.append(packed)
@@ -94,15 +111,12 @@ class Encoder:
                 heads.append(_PLANE_HEAD.pack(0, len(plane)))
                 planes.append(plane)
             stored += len(planes[-1])
-        if stored > len(plain) * (1 - GAIN_MIN):
+        if stored > length * (1 - GAIN_MIN):
             return None
         encoded = b"".join([bytes([item_bytes]), *heads, *planes, plain[whole:]])
-        if not np.array_equal(
-            np.frombuffer(_decode_planes(memoryview(encoded), len(plain)), np.uint8),
-            np.frombuffer(plain, np.uint8),
-        ):
-            return None
-        return encoded
+        joined = self._joined[:length]
+        _decode_planes(memoryview(encoded), joined)
+        return encoded if np.array_equal(joined, source) else None
 
 
 def decode(codec: int, encoded: bytes | memoryview, plain_bytes: int) -> bytes | memoryview:
@@ -113,7 +127,9 @@ def decode(codec: int, encoded: bytes | memoryview, plain_bytes: int) -> bytes |
         elif codec == ZSTD:
             plain = _decompress(encoded, plain_bytes)
         elif codec == PLANES:
-            plain = _decode_planes(memoryview(encoded), plain_bytes)
+            whole = np.empty(plain_bytes, np.uint8)
+            _decode_planes(memoryview(encoded), whole)
+            plain = whole.data
         else:
             raise Corrupt(f"codec {codec} is not known to this version.")
     except (zstandard.ZstdError, struct.error, ValueError) as exc:
@@ -147,13 +163,13 @@ def _plane_views(elements: NDArray[np.uint8], item_bytes: int) -> list[NDArray[n
     return views
 
 
-def _decode_planes(encoded: memoryview, plain_bytes: int) -> memoryview:
+def _decode_planes(encoded: memoryview, plain: NDArray[np.uint8]) -> None:
+    """Decode into `plain`, which has the length that the chunk should have."""
     item_bytes = encoded[0] if len(encoded) else 0
     if item_bytes not in (2, 4, 8):
         raise Corrupt(f"a plane chunk names an element width of {item_bytes} bytes.")
     widths = _plane_widths(item_bytes)
-    whole = plain_bytes - plain_bytes % item_bytes
-    plain = np.empty(plain_bytes, np.uint8)
+    whole = len(plain) - len(plain) % item_bytes
     at = 1 + len(widths) * _PLANE_HEAD.size
     for index, (width, view) in enumerate(zip(widths, _plane_views(plain[:whole], item_bytes), strict=True)):
         form, stored_bytes = _PLANE_HEAD.unpack_from(encoded, 1 + index * _PLANE_HEAD.size)
@@ -162,4 +178,3 @@ def _decode_planes(encoded: memoryview, plain_bytes: int) -> memoryview:
         view[:] = np.frombuffer(plane, f"<u{width}")
         at += stored_bytes
     plain[whole:] = np.frombuffer(encoded[at:], np.uint8)
-    return plain.data
