@@ -20,7 +20,7 @@ from restoring import SMALL, TIME_NS, back_up, beside, by_hand, make_source, run
 from trees import describe
 
 from outlast import errors
-from outlast.backup import folder, restore, staging
+from outlast.backup import folder, restore, restore_plan, staging
 from outlast.events import ListSink
 from outlast.records import Entry
 from outlast.repo.repository import Repository
@@ -88,11 +88,12 @@ def test_single_files_are_put_into_the_folder(repository: Repository, source: Pa
 def test_a_plan_changes_nothing_and_says_what_will_happen(repository: Repository, source: Path, tmp_path: Path) -> None:
     snapshot = back_up(repository, source)
     before = sorted(os.listdir(tmp_path))
-    plan = restore.plan(repository, snapshot, os.fsencode(tmp_path / "target"))
+    actions: list[restore_plan.Action] = []
+    plan = restore.plan(repository, snapshot, os.fsencode(tmp_path / "target"), note=actions.append)
     assert sorted(os.listdir(tmp_path)) == before
     assert (plan.files, plan.bytes) == (snapshot.files, snapshot.bytes)
     fetched = restore.execute(repository, plan).bytes_fetched
-    assert plan.bytes_to_fetch == fetched == sum(each[2] for each in plan.actions)
+    assert plan.bytes_to_fetch == fetched == sum(each[2] for each in actions)
 
 
 def test_from_an_encrypted_store_that_is_not_a_folder(source: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from restoring import TIME_NS, back_up, beside, by_hand, make_source, run, small
 from trees import describe
 
 from outlast import errors
-from outlast.backup import folder, restore, staging
+from outlast.backup import folder, restore, restore_plan, staging
 from outlast.events import ListSink
 from outlast.records import Entry, Snapshot
 from outlast.repo.repository import Repository
@@ -62,8 +62,10 @@ def test_a_link_to_what_could_not_be_read_is_left_out_and_the_rest_comes(
     assert (target / "b").samefile(target / "d") and (target / "d").read_bytes() == b"content"
     assert [each.path for each in report.skipped] == ["a", "c", "e"]
     assert "Permission denied" in report.skipped[1].reason
-    again = restore.plan(repository, snapshot, os.fsencode(target), include=["*"] if merging else [])
-    assert again.unchanged and [action[3] for action in again.actions].count("skipped") == 3
+    actions: list[restore_plan.Action] = []
+    included = ["*"] if merging else []
+    again = restore.plan(repository, snapshot, os.fsencode(target), include=included, note=actions.append)
+    assert again.unchanged and [action[3] for action in actions].count("skipped") == 3
 
 
 @pytest.mark.parametrize("merging", [False, True])
@@ -276,12 +278,15 @@ def test_a_plan_names_what_only_the_target_has(
     (target / "small.txt").unlink()
     (target / "hollow" / "inner").mkdir(parents=True)
     what = "removed" if overwrite else "moved away"
-    plan = restore.plan(repository, snapshot, target_text := os.fspath(target), overwrite=overwrite)
-    extra = sorted(action for action in plan.actions if action[3] == what)
+    actions: list[restore_plan.Action] = []
+    path = os.fspath(target)
+    plan = restore.plan(repository, snapshot, path, overwrite=overwrite, note=actions.append)
+    extra = sorted(action for action in actions if action[3] == what)
     assert extra == [("deep/mine", 4, 0, what), ("hollow/inner", 0, 0, what)]
     assert (plan.extra_files, plan.extra_bytes) == (2, 4)
-    part = restore.plan(repository, snapshot, target_text, include=["small.txt"], overwrite=overwrite)
-    assert (part.extra_files, [each[3] for each in part.actions]) == (0, ["new"]), "a merge removes nothing"
+    actions.clear()
+    part = restore.plan(repository, snapshot, path, include=["small.txt"], overwrite=overwrite, note=actions.append)
+    assert (part.extra_files, [each[3] for each in actions]) == (0, ["new"]), "a merge removes nothing"
 
 
 def test_where_no_folder_can_be_exchanged_it_is_said_and_nothing_is_lost(
@@ -339,8 +344,9 @@ def test_what_is_right_of_a_file_of_another_size_is_not_fetched(
     run(repository, snapshot, target)
     with (target / "big.bin").open("r+b") as file:
         file.truncate(400_000 if change == "longer" else 200_000)
-    plan = restore.plan(repository, snapshot, os.fspath(target))
-    assert next(action for action in plan.actions if action[0] == "big.bin")[3] == "repair"
+    actions: list[restore_plan.Action] = []
+    plan = restore.plan(repository, snapshot, os.fspath(target), note=actions.append)
+    assert next(action for action in actions if action[0] == "big.bin")[3] == "repair"
     report = restore.execute(repository, plan)
     assert report.bytes_fetched == plan.bytes_to_fetch <= (0 if change == "longer" else 100_000 + 16384)
     assert describe(target) == describe(source)

@@ -7,11 +7,10 @@ import socket
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
 
 import msgspec
 
-from outlast import records
+from outlast import __version__, records
 from outlast.backup.read import FileReader, Reading
 from outlast.backup.selection import matcher
 from outlast.backup.walk import Found, Root, roots, walk
@@ -160,7 +159,7 @@ class _Backup:
             bytes=self._bytes,
             unreadable=self._unreadable,
             unstable=self._unstable,
-            program=f"outlast {version('outlast')}",
+            program=f"outlast {__version__}",
         )
 
     def _newest(self, name: str) -> Snapshot | None:

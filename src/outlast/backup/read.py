@@ -29,6 +29,8 @@ SMALL_BYTES = 64 << 10
 _BATCH_FILES = 64
 _BYTES_IN_FLIGHT = 64 << 20
 _ITEMS_IN_FLIGHT = 4096
+_QUEUED_FILE_BYTES = 2 << 10
+"""What a small file weighs in the queue besides its content."""
 _OPEN_FILE_BYTES = 512 << 10
 """What an open file weighs in the queue, which so holds at most 128 of them."""
 _SEGMENT_BYTES = 16 << 20
@@ -151,7 +153,7 @@ class FileReader:
             return iter(())
         batch, self._batch = self._batch, []
         future = self._pool.submit(lambda: [self._read_small(found) for found in batch])
-        size = sum(found.status.st_size for found in batch)
+        size = sum(_QUEUED_FILE_BYTES + found.status.st_size for found in batch)
         return self._push(size, lambda: self._finish_batch(batch, future))
 
     def _read_small(self, found: Found) -> _Small | Reading | None:

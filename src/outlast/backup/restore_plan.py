@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Literal
@@ -55,7 +55,6 @@ class RestorePlan(msgspec.Struct):
     bytes_to_fetch: int
     kept_as: Path | None
     """where the folder that is there now would go"""
-    actions: list[Action]
     include: list[str]
     overwrite: bool
     stamp: str
@@ -150,12 +149,14 @@ def plan(
     *,
     include: Sequence[str] = (),
     overwrite: bool = False,
+    note: Callable[[Action], object] | None = None,
 ) -> RestorePlan:
     """Work out a restore of `snapshot` (or its id, or `latest`) to the folder `target`; changes nothing.
 
     A snapshot of one folder makes `target` that folder; one of files or of several folders puts
     them into it. With `include`, or into a folder that the snapshot does not describe as a whole,
     the chosen files are replaced one by one and everything else in the target stays.
+    `note` is told what would happen to each path: a plan of millions of files doesn't keep that.
 
     Raises `InvalidInput`, `NotFound` (nothing fits `include`), `Refused` (a target that can't be
     replaced safely) or `Corrupt` (a manifest that could reach outside the target).
@@ -186,10 +187,10 @@ def plan(
     stamp = stamp_text(repository.clock.now_ns())
     replaced = mode == "swap" and not overwrite and bool(os.listdir(path))
     result = RestorePlan(
-        snapshot, path, 0, 0, 0, 0, kept_name(path, stamp) if replaced else None, [], list(include),
+        snapshot, path, 0, 0, 0, 0, kept_name(path, stamp) if replaced else None, list(include),
         overwrite, stamp, mode, set(), set(), False,
     )  # fmt: skip
-    _Survey(repository, result).run()
+    _Survey(repository, result, note).run()
     if result.unchanged:
         result.kept_as = None
     return result
@@ -317,13 +318,15 @@ def why_without_content(entry: Entry) -> str:
 class _Survey:
     """Compares the selected entries with the target and with what a killed restore left."""
 
-    def __init__(self, repository: Repository, result: RestorePlan) -> None:
+    def __init__(self, repository: Repository, result: RestorePlan, note: Callable[[Action], object] | None) -> None:
         self._repository = repository
         self._plan = result
+        self._note = note or (lambda action: None)
         self._metadata = Metadata()
         self._target: Folder | None = None
         self._staging: Folder | None = None
-        self._counted: set[str] = set()
+        self._counted: set[int] = set()
+        """the first eight bytes of each chunk id, as a number: a third of the memory of its text"""
         self._unreadable: set[bytes] = set()
         self._names: set[bytes] = set()
         self._folders: set[bytes] = set()
@@ -385,8 +388,9 @@ class _Survey:
         lacking = sum(length for _, (_, length) in to_fetch)
         fetched = 0
         for _, (chunk, length) in to_fetch:
-            if chunk not in self._counted:
-                self._counted.add(chunk)
+            number = int(chunk[:16], 16)
+            if number not in self._counted:
+                self._counted.add(number)
                 fetched += length
         present = not in_target and self._is_right(raw, entry)
         if not present:
@@ -397,13 +401,13 @@ class _Survey:
         plan.bytes_present += content - lacking
         plan.bytes_to_fetch += fetched
         new = lacking == content and raw not in plan.reuse
-        plan.actions.append((entry.path, entry.size, fetched, "present" if present else "new" if new else "repair"))
+        self._note((entry.path, entry.size, fetched, "present" if present else "new" if new else "repair"))
 
     def _note_other(self, raw: bytes, entry: Entry) -> None:
         plan = self._plan
         if entry.type == "unreadable" or (entry.type == "hardlink" and entry.raw_target in self._unreadable):
             self._unreadable.add(raw)
-            plan.actions.append((entry.path, 0, 0, "skipped"))
+            self._note((entry.path, 0, 0, "skipped"))
             return
         present = self._is_right(raw, entry)
         # The root and other folders of a merge keep what is in them, and so their own metadata.
@@ -412,7 +416,7 @@ class _Survey:
         if entry.type == "hardlink":
             plan.files += 1
         if entry.type != "dir":
-            plan.actions.append((entry.path, 0, 0, "present" if present else "new"))
+            self._note((entry.path, 0, 0, "present" if present else "new"))
 
     def _note_extra(self, folder: bytes) -> None:
         """What is below a folder of the target and not in the snapshot."""
@@ -439,7 +443,7 @@ class _Survey:
                 size = status.st_size if stat.S_ISREG(status.st_mode) else 0
                 plan.extra_files += 1
                 plan.extra_bytes += size
-                plan.actions.append((shown(raw), size, 0, "removed" if plan.overwrite else "moved away"))
+                self._note((shown(raw), size, 0, "removed" if plan.overwrite else "moved away"))
 
     def _is_folder(self, raw: bytes) -> bool:
         found = self._target.status(raw) if self._target is not None else None

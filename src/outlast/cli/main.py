@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_closed_streams()
     # Commands hold many small records and no cycles: looking for those often costs a tenth of a large restore.
     gc.set_threshold(100_000, 50, 50)
+    # numpy, once loaded, starts threads for linear algebra, which nobody here does, and they spin.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         signal.signal(signal.SIGTERM, terminate)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the caller wants it ignored

@@ -26,7 +26,7 @@ from outlast.errors import InvalidInput, NotFound
 if TYPE_CHECKING:
     from outlast.backup.create import BackupReport
     from outlast.backup.restore import RestoreReport
-    from outlast.backup.restore_plan import RestorePlan
+    from outlast.backup.restore_plan import Action, RestorePlan
     from outlast.records import Snapshot
     from outlast.repo.check import CheckReport
     from outlast.repo.repository import Repository
@@ -222,12 +222,14 @@ def restore(
     if tensor:
         report = restore_tensors(repository, chosen, tensor, target, include=include, overwrite=overwrite)
     else:
-        planned = plan(repository, chosen, target, include=include, overwrite=overwrite)
+        actions: list[Action] = []
+        note = actions.append if dry_run else None
+        planned = plan(repository, chosen, target, include=include, overwrite=overwrite, note=note)
         for glob in _unfit(include, planned, repository):
             call.warnings.append(f"the pattern {glob!r} fits nothing.")
             call.printer.warn(call.warnings[-1])
         if dry_run:
-            call.result(_plan_document(planned), _plan_lines(planned), always=True)
+            call.result(_plan_document(planned, actions), _plan_lines(planned, actions), always=True)
             return 0
         report = execute(repository, planned)
     call.result(msgspec.to_builtins(report), _restore_lines(report, chosen, to))
@@ -269,7 +271,7 @@ def _restore_lines(report: RestoreReport, snapshot: Snapshot, to: str) -> Iterat
         yield f"… and {len(report.skipped) - _FILES_SHOWN:,} more."
 
 
-def _plan_document(plan: RestorePlan) -> dict[str, Any]:
+def _plan_document(plan: RestorePlan, actions: list[Action]) -> dict[str, Any]:
     from outlast.records import path_text
 
     names = ("path", "bytes", "bytes_to_fetch", "action")
@@ -284,19 +286,19 @@ def _plan_document(plan: RestorePlan) -> dict[str, Any]:
         "extra_files": plan.extra_files,
         "extra_bytes": plan.extra_bytes,
         "kept_as": path_text(plan.kept_as) if plan.kept_as else "",
-        "actions": [dict(zip(names, action, strict=True)) for action in plan.actions],
+        "actions": [dict(zip(names, action, strict=True)) for action in actions],
     }
 
 
-def _plan_lines(plan: RestorePlan) -> Iterator[str]:
+def _plan_lines(plan: RestorePlan, actions: list[Action]) -> Iterator[str]:
     from outlast.records import path_text
 
-    for path, size, fetch, what in plan.actions:
+    for path, size, fetch, what in actions:
         if what != "present":
             yield f"{what:<10}  {size_text(size):>10}  {path_shown(path)}" + (
                 f"  ({size_text(fetch)} to fetch)" if what == "repair" else ""
             )
-    present = sum(action[3] == "present" for action in plan.actions)
+    present = sum(action[3] == "present" for action in actions)
     yield (
         f"Would restore {count_text(plan.files, 'file')}, {size_text(plan.bytes)}, from snapshot "
         f"{short_id(plan.snapshot.id)} of {printable(plan.snapshot.name)} to {path_shown(path_text(plan.target))}."

@@ -116,7 +116,12 @@ class Encoder:
         encoded = b"".join([bytes([item_bytes]), *heads, *planes, plain[whole:]])
         joined = self._joined[:length]
         _decode_planes(memoryview(encoded), joined)
-        return encoded if np.array_equal(joined, source) else None
+        return encoded if np.array_equal(_wide(joined), _wide(source)) else None
+
+
+def _wide(data: NDArray[np.uint8]) -> NDArray[np.unsignedinteger]:
+    """The same bytes in as few elements as can be, which compare faster."""
+    return data.view("<u8") if len(data) % 8 == 0 else data
 
 
 def decode(codec: int, encoded: bytes | memoryview, plain_bytes: int) -> bytes | memoryview:

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 PACK_WRITERS = 2
 PACK_CHUNKS_MAX = 50_000
 COMMIT_PACKS_BYTES = 4 << 30
+COMMIT_PACKS_CHUNKS = 256 << 10
 """Packs of a long backup are committed this often, so that one that is killed doesn't begin anew."""
 SEGMENT_PACKS = 64
+SEGMENT_CHUNKS = 256 << 10
+"""An index segment is written when so many packs, or chunks in them, are in none."""
 
 
 class Prepared(msgspec.Struct, frozen=True, gc=False):
@@ -123,7 +126,11 @@ class Writer:
         chunks, self._open_pack, self._open_bytes = self._open_pack, [], 0
         self._in_flight.append(self._pool.submit(self._write_pack, chunks))
         self._collect(wait=False)
-        if sum(ref.bytes for ref in self._durable) >= COMMIT_PACKS_BYTES:
+        durable = self._durable
+        if (
+            sum(ref.bytes for ref in durable) >= COMMIT_PACKS_BYTES
+            or sum(ref.chunks for ref in durable) >= COMMIT_PACKS_CHUNKS
+        ):
             self.commit_packs()
 
     def _write_pack(self, chunks: list[EncodedChunk]) -> BuiltPack:
@@ -210,7 +217,8 @@ class Writer:
         repository.log.save_state()
         repository.uncovered.extend(self._footers)
         self._footers.clear()
-        if len(repository.uncovered) < SEGMENT_PACKS:
+        chunks = sum(len(footer.records) for footer in repository.uncovered)
+        if len(repository.uncovered) < SEGMENT_PACKS and chunks < SEGMENT_CHUNKS:
             return
         segment = build_segment(repository.uncovered)
         try:
