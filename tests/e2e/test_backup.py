@@ -24,7 +24,7 @@ from outlast.backup import read
 from outlast.backup.create import create
 from outlast.errors import InvalidInput, Refused, StoreFull
 from outlast.events import ListSink
-from outlast.records import Chunking
+from outlast.records import Chunking, Snapshot, time_text
 from outlast.repo.repository import Repository
 from outlast.store.layers import QuotaStore
 from outlast.store.local import LocalStore
@@ -188,6 +188,25 @@ def test_a_small_file_that_changes_is_read_again(
     report = create(repository, [str(source)])
     assert report.unstable == 0
     assert content(repository, entries(repository)["config.json"]) == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"name": 5}, {"name": "\udcff"}, {"tags": {"step": 1000}}, {"tags": {"a": None}}, {"tags": {1: "a"}}],
+    ids=str,
+)
+def test_names_and_tags_that_are_no_text_are_refused(repository: Repository, source: Path, given: Any) -> None:
+    before = repository.snapshots()
+    with pytest.raises(InvalidInput, match="text in UTF-8"):
+        create(repository, [str(source)], **given)
+    assert Repository.open(repository.store).snapshots() == before
+
+
+def test_what_could_not_be_read_again_is_not_committed(repository: Repository) -> None:
+    odd: Any = {"step": 1000}
+    with pytest.raises(InvalidInput, match="not committed"):
+        repository.writer().commit(Snapshot("", "backup", "odd", time_text(0), tags=odd))
+    assert Repository.open(repository.store).snapshots() == []
 
 
 def test_unreadable_things_are_named_and_the_rest_is_there(

@@ -272,6 +272,19 @@ def test_no_repository_named(shell: Shell) -> None:
     assert "OUTLAST_REPO" in shell("snapshots", code=2, without="OUTLAST_REPO").err
 
 
+def test_a_usage_error_points_to_the_help_of_its_command(filled: Shell) -> None:
+    assert "`outlast restore --help` shows" in filled("restore", "latest", "--to", code=2).err
+    assert "`outlast snapshots --help` shows" in filled("snapshots", "--nope", code=2).err
+
+
+def test_names_are_text_however_they_arrive(filled: Shell) -> None:
+    as_bytes = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    assert filled("backup", "model", "--name", "über", "--tag", "ort=Köln", "--json", **as_bytes).json["name"] == "über"
+    assert filled("snapshots", "--name", "über", "--json").json[0]["tags"] == {"ort": "Köln"}
+    assert "UTF-8" in filled("backup", "model", "--name", os.fsdecode(b"\xff"), code=2).err
+    assert "UTF-8" in filled("backup", "model", "--tag", os.fsdecode(b"a=\xff"), code=2).err
+
+
 def test_no_arguments_show_the_help(shell: Shell) -> None:
     assert "Commands:" in shell(code=2).out
 

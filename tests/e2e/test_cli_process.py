@@ -195,10 +195,11 @@ def test_a_reader_that_has_seen_enough_is_no_error(filled: Shell) -> None:
     assert process.wait(timeout=30) == 128 + signal.SIGPIPE
 
 
-def test_a_full_disk_behind_standard_output_is_told(filled: Shell) -> None:
+@pytest.mark.parametrize("arguments", [("snapshots", "--json"), ("check", "--json-lines")])
+def test_a_full_disk_behind_standard_output_is_told(filled: Shell, arguments: tuple[str, ...]) -> None:
     with open("/dev/full", "wb") as full:
         ran = subprocess.run(
-            filled.argv("snapshots", "--json"),
+            filled.argv(*arguments),
             cwd=filled.folder,
             env=filled.environment,
             stdout=full,
@@ -206,6 +207,20 @@ def test_a_full_disk_behind_standard_output_is_told(filled: Shell) -> None:
         )
     assert ran.returncode == 1
     assert re.fullmatch(rb"outlast: the result can't be written .+ No space left on device\..*\n.*\n?", ran.stderr)
+
+
+def test_a_signal_before_a_command_begins_gives_its_code_too(shell: Shell) -> None:
+    script = """
+import os, signal, sys
+from outlast.cli import command, main
+def interrupted(*_):
+    os.kill(os.getpid(), signal.SIGTERM if "--debug" in sys.argv else signal.SIGINT)
+command._refuse_empty = interrupted
+sys.exit(main.main())
+"""
+    for arguments, code in ((["snapshots"], 130), (["snapshots", "--debug"], 143)):
+        ran = subprocess.run([sys.executable, "-c", script, *arguments], env=shell.environment, capture_output=True)
+        assert (ran.returncode, b"bug" in ran.stderr) == (code, False), ran.stderr
 
 
 # -- the surface -------------------------------------------------------------------------------------

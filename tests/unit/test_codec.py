@@ -71,6 +71,15 @@ def test_weights_are_stored_as_planes_and_smaller() -> None:
     assert len(encoded) < 0.95 * len(plain)
 
 
+@pytest.mark.parametrize("dtype", ["<u2", "<f2", "<f4"])
+def test_rows_that_repeat_are_stored_about_once(dtype: str) -> None:
+    row = (np.random.default_rng(2).normal(0, 100, 1000)).astype(dtype)
+    plain = np.tile(row, 500).tobytes()
+    number, encoded = codec.Encoder("auto").encode(plain, row.itemsize)
+    assert number == codec.PLANES
+    assert len(encoded) < 0.02 * len(plain)
+
+
 def test_noise_is_stored_as_it_is() -> None:
     plain = np.random.default_rng(3).bytes(1 << 20)
     assert round_trip(plain, 4, "auto") == codec.RAW

@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 
 import msgspec
@@ -63,12 +64,15 @@ def create(
     taken from there without reading; `full` reads everything. Unreadable and unstable files don't
     stop the backup: they are counted, named in the report and marked in the manifest.
 
-    Raises `InvalidInput` when no source exists, `StoreFull`, `Unavailable`. Whatever it raises, and
-    whenever it is killed, committed snapshots are untouched and what was uploaded is used next time.
+    Raises `InvalidInput` (no source exists, a name or tag is no text), `StoreFull`, `Unavailable`.
+    Whatever it raises, and whenever it is killed, committed snapshots are untouched and what was
+    uploaded is used next time.
     """
     started = repository.clock.monotonic_seconds()
     if isinstance(sources, bytes | str):
         sources = [sources]
+    name = None if name is None else _text("the name", name)
+    tags = {_text("a tag", key): _text(f"the tag {key!r}", value) for key, value in (tags or {}).items()}
     found, missing = roots([os.fsencode(source) for source in sources])
     if not found:
         raise InvalidInput(
@@ -81,7 +85,7 @@ def create(
     backup = _Backup(repository, found, name or own_name, exclude, full)
     for path, exc in missing:
         backup.problem(os.path.basename(path) or path, "unreadable", exc.strerror or str(exc))
-    snapshot = backup.run(dict(tags or {}))
+    snapshot = backup.run(tags)
     return BackupReport(
         snapshot=snapshot.id,
         name=snapshot.name,
@@ -94,6 +98,17 @@ def create(
         seconds=repository.clock.monotonic_seconds() - started,
         problems=backup.problems,
     )
+
+
+def _text(what: str, given: object) -> str:
+    """A name or a tag as text. What came as undecoded bytes, as from a shell in the C locale, is read as UTF-8."""
+    if isinstance(given, str):
+        with suppress(UnicodeError):
+            given.encode()
+            return given
+        with suppress(UnicodeError):
+            return os.fsencode(given).decode()
+    raise InvalidInput(f"{what} has to be text in UTF-8, and {given!r} is not; nothing was backed up.")
 
 
 def _refuse_own_objects(repository: Repository, found: list[Root]) -> None:

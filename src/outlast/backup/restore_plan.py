@@ -398,7 +398,7 @@ class _Survey:
         plan.files += 1
         plan.bytes += entry.size
         content = sum(length for _, length in entry.chunks)
-        plan.bytes_present += content - lacking
+        plan.bytes_present += entry.size if present else content - lacking
         plan.bytes_to_fetch += fetched
         new = lacking == content and raw not in plan.reuse
         self._note((entry.path, entry.size, fetched, "present" if present else "new" if new else "repair"))

@@ -196,7 +196,11 @@ class _Sharing(click.Command):
         self.params += SHARED
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        rest = super().parse_args(ctx, args)
+        try:
+            rest = super().parse_args(ctx, args)
+        except click.UsageError as exc:
+            exc.ctx = exc.ctx or ctx
+            raise
         _refuse_empty(ctx)
         options = Options(**{name: ctx.params.pop(name) for name in Options._fields})
         ctx.obj = options.over(ctx.obj or Options())

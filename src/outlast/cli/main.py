@@ -40,12 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Commands hold many small records and no cycles: looking for those often costs a tenth of a large restore.
     gc.set_threshold(100_000, 50, 50)
     # numpy, once loaded, starts threads for linear algebra, which nobody here does, and they spin.
+    # What this program starts inherits it; that is one command, which prints a passphrase.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         signal.signal(signal.SIGTERM, terminate)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the caller wants it ignored
             signal.signal(signal.SIGINT, terminate)
-        return int(app.main(given, prog_name="outlast", standalone_mode=False) or 0)
+        # Not `app.main`, which would turn a signal into an error of its own.
+        with app.make_context("outlast", given) as context:
+            return int(app.invoke(context) or 0)
+    except click.exceptions.Exit as exc:
+        return exc.exit_code
     except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001  only what went wrong before a command ran
         options = set(takewhile(lambda argument: argument != "--", given))
         form = Options(json="--json" in options, json_lines="--json-lines" in options)

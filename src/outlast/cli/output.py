@@ -163,6 +163,7 @@ class JsonPrinter:
         self._next_seconds = 0.0
         self._lock = threading.Lock()
         self._done = False
+        self._unwritten: Exception | None = None
         self.wants_progress = lines
 
     def event(self, event: Event) -> None:
@@ -193,6 +194,8 @@ class JsonPrinter:
             spool.seek(0)
             with self._lock:
                 self._done = True
+                if self._unwritten is not None:
+                    raise self._unwritten
                 while piece := spool.read(1 << 20):
                     _write_out(piece)
                 _flush_out()
@@ -219,8 +222,9 @@ class JsonPrinter:
             try:
                 _write_out(line)
                 _flush_out()
-            except (OutputClosed, Unavailable):
+            except (OutputClosed, Unavailable) as exc:
                 self._lines = False  # the work goes on; the result will say that nobody reads
+                self._unwritten = exc
 
 
 def json_pieces(document: Any) -> Iterator[bytes]:

@@ -313,6 +313,8 @@ def _plan_lines(plan: RestorePlan, actions: list[Action]) -> Iterator[str]:
         yield f"Only at the target, and not in the snapshot: {extra}; would be {gone}."
     if plan.kept_as:
         yield f"What is there now would be kept as {path_shown(path_text(plan.kept_as))}."
+    if plan.mode == "merge" and not plan.overwrite and not plan.unchanged:
+        yield "Files that are replaced would be kept beside the new ones, as NAME.before-<time>."
 
 
 @click.command(cls=Command, codes=(10, 12, 20, 21))

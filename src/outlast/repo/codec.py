@@ -11,9 +11,9 @@ high half is split again in the same way until one byte is left. So w = 4 gives 
 one byte (0 stored, 1 zstd frame) and its stored length (u32, little-endian), then the planes'
 stored bytes in the same order, then the `length % w` bytes that are left over at the end.
 
-Exponents are skewed but seldom repeat, so for planes of single bytes zstd is told to look for next
-to no matches: a third of the time of level 1, and a twelfth smaller, because writing down a short
-match costs more than the entropy coder needs for its bytes.
+Exponents of weights are skewed but hardly repeat. For planes of single bytes in whose samples matches
+gain nothing, zstd is told to look for next to none: a third of the time of level 1, and a twelfth
+smaller, because writing down a short match costs more than the entropy coder needs for its bytes.
 
 A chunk is stored raw where the gain is below `GAIN_MIN`. Whatever a codec touched is decoded and
 compared with its source before it counts as encoded (a bug in a compression library has
@@ -57,7 +57,7 @@ class Encoder:
     def __init__(self, compression: Compression) -> None:
         self._compression = compression
         self._compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=False)
-        self._byte_compressor = zstandard.ZstdCompressor(compression_params=_FEW_MATCHES)
+        self._few_matches = zstandard.ZstdCompressor(compression_params=_FEW_MATCHES)
         self._decompressor = zstandard.ZstdDecompressor()
         self._split = self._joined = np.empty(0, np.uint8)
 
@@ -69,23 +69,29 @@ class Encoder:
         if self._compression == "auto" and item_bytes in (2, 4, 8):
             planes = self._encode_planes(plain, item_bytes)
             return (RAW, plain) if planes is None else (PLANES, planes)
-        if not self._worth_trying(plain):
+        compressor = self._fitting(plain)
+        if compressor is None:
             return RAW, plain
-        packed = self._compressor.compress(plain)
+        packed = compressor.compress(plain)
         if len(packed) > len(plain) * (1 - GAIN_MIN):
             return RAW, plain
         if self._decompressor.decompress(packed, max_output_size=len(plain)) != plain:
             return RAW, plain
         return ZSTD, packed
 
-    def _worth_trying(self, plain: bytes | memoryview) -> bool:
-        """Whether samples of the data compress at all; noise is told apart at a fraction of the cost."""
+    def _fitting(self, plain: bytes | memoryview, width: int = 0) -> zstandard.ZstdCompressor | None:
+        """The compressor that does best on samples; None when they hardly compress at all, for noise
+        is told apart at a fraction of the cost. `width`: of the elements of a plane."""
         length = len(plain)
         if length <= 4 * _SAMPLE_BYTES:
-            return True
+            return self._compressor
         starts = (0, (length - _SAMPLE_BYTES) // 2, length - _SAMPLE_BYTES)
-        packed = sum(len(self._compressor.compress(plain[start : start + _SAMPLE_BYTES])) for start in starts)
-        return packed < len(starts) * _SAMPLE_BYTES * (1 - GAIN_MIN / 2)
+        samples = [plain[start : start + _SAMPLE_BYTES] for start in starts]
+        candidates = (self._few_matches, self._compressor) if width == 1 else (self._compressor,)
+        sizes = [sum(len(each.compress(sample)) for sample in samples) for each in candidates]
+        if min(sizes) >= len(starts) * _SAMPLE_BYTES * (1 - GAIN_MIN / 2):
+            return None
+        return candidates[sizes.index(min(sizes))]
 
     def _encode_planes(self, plain: bytes | memoryview, item_bytes: int) -> bytes | None:
         """The plane form, or None where it saves too little."""
@@ -102,8 +108,8 @@ class Encoder:
             flat.view(view.dtype)[:] = view
             at += view.nbytes
             plane = flat.data
-            compressor = self._byte_compressor if view.itemsize == 1 else self._compressor
-            packed = compressor.compress(plane) if whole and self._worth_trying(plane) else None
+            compressor = self._fitting(plane, view.itemsize)
+            packed = compressor.compress(plane) if compressor else None
             if packed is not None and len(packed) <= len(plane) * (1 - GAIN_MIN):
                 heads.append(_PLANE_HEAD.pack(1, len(packed)))
                 planes.append(packed)

@@ -121,11 +121,13 @@ class Index:
         if not self._unsorted:
             return
         merged = np.concatenate([self._sorted.records, *self._unsorted])
-        self._unsorted = []  # before the next copy is made: of large repositories three would not fit
+        # A view, so that large repositories aren't in memory three times, and nothing is lost if this fails.
+        self._unsorted = [merged[len(self._sorted.records) :]]
         prefixes = np.frombuffer(merged["id"].tobytes(), ">u8")[::4].astype(np.uint64)
         order = np.argsort(prefixes, kind="stable")
         # One assignment: threads that look up meanwhile see the old pair or the new one.
         self._sorted = _Sorted(merged[order], memoryview(prefixes[order].tobytes()).cast("Q"))
+        self._unsorted = []
 
     def get(self, chunk: bytes) -> Location | None:
         """Where the chunk lies, or None. Of several copies the last one added counts."""

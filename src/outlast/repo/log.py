@@ -23,7 +23,7 @@ import msgspec
 
 from outlast import records
 from outlast.clock import Clock
-from outlast.errors import Corrupt, Exists, NotFound, OutlastError, Unavailable
+from outlast.errors import Corrupt, Exists, InvalidInput, NotFound, OutlastError, Unavailable
 from outlast.events import Event, EventSink
 from outlast.records import LogEntry, PackRef, Snapshot
 from outlast.repo import seal
@@ -179,6 +179,7 @@ class Log:
         for attempt in range(_APPEND_TRIES):
             entry = self._entry(kind, make_body(self.state), write_id)
             name, data = entry_name(entry.seq), self._encode(entry)
+            _check_readable(entry)
             try:
                 self._store.put_if_absent(name, [data])
             except (Exists, Unavailable) as exc:
@@ -259,6 +260,15 @@ class Log:
         ):
             raise Corrupt(f"{name} does not belong to this log.")
         return state
+
+
+def _check_readable(entry: LogEntry) -> None:
+    """Refuse to commit what could not be folded afterwards: it would end the log for every reader."""
+    what = f"the new log entry ({entry.kind})"
+    try:
+        State(0, "").apply(records.parse_object(records.canonical_object(entry), LogEntry, what), "")
+    except Corrupt as exc:
+        raise InvalidInput(f"{what} would not be readable, so it was not committed: {exc.message}") from exc
 
 
 def _actor() -> str:

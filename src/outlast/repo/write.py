@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 PACK_WRITERS = 2
 PACK_CHUNKS_MAX = 50_000
+# Packs of a long backup are committed this often, so that one that is killed doesn't begin anew.
 COMMIT_PACKS_BYTES = 4 << 30
 COMMIT_PACKS_CHUNKS = 256 << 10
-"""Packs of a long backup are committed this often, so that one that is killed doesn't begin anew."""
+# An index segment is written when so many packs, or chunks in them, are in none.
 SEGMENT_PACKS = 64
 SEGMENT_CHUNKS = 256 << 10
-"""An index segment is written when so many packs, or chunks in them, are in none."""
 
 
 class Prepared(msgspec.Struct, frozen=True, gc=False):
