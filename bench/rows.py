@@ -6,6 +6,7 @@ import filecmp
 import json
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +116,7 @@ class Trial:
     facts: Callable[[Outcome], dict[str, int]] = nothing
 
 
-class Row:
+class Row(ABC):
     """`trials` lists the contenders; `new_round` runs before each round."""
 
     name: str
@@ -129,8 +130,9 @@ class Row:
     def new_round(self, number: int) -> None:
         return
 
+    @abstractmethod
     def trials(self) -> list[Trial]:
-        raise NotImplementedError
+        """The contenders of one round."""
 
     def source_bytes(self) -> int:
         return self.stage.source_bytes

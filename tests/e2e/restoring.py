@@ -51,6 +51,14 @@ def make_source(root: Path) -> Path:
     return root
 
 
+def occupied(folder: Path) -> Path:
+    """A target that a restore has to replace."""
+    target = folder / "target"
+    target.mkdir()
+    (target / "old").write_bytes(b"old")
+    return target
+
+
 def back_up(repository: Repository, *sources: Path) -> Snapshot:
     return repository.find_snapshot(create(repository, [os.fsencode(each) for each in sources]).snapshot)
 

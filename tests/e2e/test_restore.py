@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from restoring import SMALL, TIME_NS, back_up, beside, by_hand, make_source, run, small_repository
+from restoring import SMALL, TIME_NS, back_up, beside, by_hand, make_source, occupied, run, small_repository
 from trees import describe
 
 from outlast import errors
@@ -174,9 +174,7 @@ def test_any_difference_is_put_right(repository: Repository, source: Path, tmp_p
 
 def test_overwrite_keeps_nothing(repository: Repository, source: Path, tmp_path: Path) -> None:
     snapshot = back_up(repository, source)
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").write_bytes(b"old")
+    target = occupied(tmp_path)
     report = run(repository, snapshot, target, overwrite=True)
     assert report.kept_as == "" and beside(target) == []
     assert describe(target) == describe(source)
@@ -195,9 +193,7 @@ def test_it_works_without_the_system_calls_of_linux(
 ) -> None:
     monkeypatch.setattr(folder, "_system", object)
     snapshot = back_up(repository, source)
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").write_bytes(b"old")
+    target = occupied(tmp_path)
     report = run(repository, snapshot, target)
     assert describe(target) == describe(source)
     assert os.listdir(report.kept_as) == ["old"]
@@ -281,9 +277,7 @@ def test_a_killed_restore_is_continued(
     for number in range(150):
         (source / f"n{number}").write_bytes(rng.randbytes(rng.randrange(1, 30_000)))
     snapshot = back_up(repository, source)
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").write_bytes(b"old")
+    target = occupied(tmp_path)
     killed = 0
     to_fetch = [restore.plan(repository, snapshot, os.fsencode(target)).bytes_to_fetch]
     deliver = staging.Staging._deliver
@@ -341,9 +335,7 @@ def test_killed_right_after_the_swap_and_without_its_journal_the_old_folder_is_n
     repository: Repository, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
     snapshot = back_up(repository, source)
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").write_bytes(b"old")
+    target = occupied(tmp_path)
     monkeypatch.setattr(restore, "_put_away", lambda old, kept: os.kill(os.getpid(), signal.SIGKILL))
     assert ended(in_child(lambda: run(repository, snapshot, target))) == -signal.SIGKILL
     monkeypatch.undo()
@@ -360,9 +352,7 @@ def test_killed_right_after_the_swap_the_old_folder_is_not_lost(
     repository: Repository, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
     snapshot = back_up(repository, source)
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").write_bytes(b"old")
+    target = occupied(tmp_path)
     monkeypatch.setattr(restore, "_put_away", lambda old, kept: os.kill(os.getpid(), signal.SIGKILL))
     assert ended(in_child(lambda: run(repository, snapshot, target, overwrite=overwrite))) == -signal.SIGKILL
     monkeypatch.undo()
@@ -397,9 +387,7 @@ def test_what_a_killed_restore_left_is_not_trusted(repository: Repository, sourc
 def test_a_full_disk_leaves_the_target_and_the_work_done(repository: Repository, source: Path, tmp_path: Path) -> None:
     (source / "zz-huge.bin").write_bytes(random.Random(5).randbytes(4 << 20))
     snapshot = back_up(repository, source)
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").write_bytes(b"old")
+    target = occupied(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3_500_000, hard))
     try:
@@ -447,9 +435,7 @@ def test_a_damaged_pack_names_its_files_and_the_others_come(
         old = file.read(1)
         file.seek(place.offset)
         file.write(bytes([old[0] ^ 1]))
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").write_bytes(b"old")
+    target = occupied(tmp_path)
     with pytest.raises(errors.Corrupt, match=r"1 of 9 files can't be restored: deep/er/mid\.bin") as caught:
         run(repository, snapshot, target)
     assert "--include" in caught.value.hint and os.listdir(target) == ["old"]

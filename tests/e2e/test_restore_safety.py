@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from restoring import TIME_NS, back_up, beside, by_hand, make_source, run, small_repository
+from restoring import TIME_NS, back_up, beside, by_hand, make_source, occupied, run, small_repository
 from trees import describe
 
 from outlast import errors
@@ -192,9 +192,7 @@ def test_a_failure_says_how_far_it_came(
     repository: Repository, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot = back_up(repository, source)
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").write_bytes(b"old")
+    target = occupied(tmp_path)
 
     def denied(*arguments: Any, **named: Any) -> None:
         raise OSError(errno.EACCES, "Permission denied")
@@ -222,9 +220,7 @@ def test_where_nothing_can_be_exchanged_a_failed_second_step_is_taken_back(
     repository: Repository, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot = back_up(repository, source)
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").write_bytes(b"old")
+    target = occupied(tmp_path)
     rename = os.rename
 
     def failing(old: Any, new: Any, **named: Any) -> None:
@@ -293,9 +289,7 @@ def test_where_no_folder_can_be_exchanged_it_is_said_and_nothing_is_lost(
     repository: Repository, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot = back_up(repository, source)
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").write_bytes(b"old")
+    target = occupied(tmp_path)
 
     def refused(first: bytes, second: bytes) -> bool:
         raise OSError(errno.EXDEV, "Invalid cross-device link", second)

@@ -179,7 +179,6 @@ class Log:
         for attempt in range(_APPEND_TRIES):
             entry = self._entry(kind, make_body(self.state), write_id)
             name, data = entry_name(entry.seq), self._encode(entry)
-            _check_readable(entry)
             try:
                 self._store.put_if_absent(name, [data])
             except (Exists, Unavailable) as exc:
@@ -214,6 +213,7 @@ class Log:
 
     def _encode(self, entry: LogEntry) -> bytes:
         data = records.canonical_object(entry)
+        _check_readable(data, entry.kind)
         if self._keys is None:
             return data
         return seal.seal_object(self._keys, entry_name(entry.seq), data, self._clock.random_bytes(seal.SALT_BYTES))
@@ -262,11 +262,11 @@ class Log:
         return state
 
 
-def _check_readable(entry: LogEntry) -> None:
+def _check_readable(data: bytes, kind: str) -> None:
     """Refuse to commit what could not be folded afterwards: it would end the log for every reader."""
-    what = f"the new log entry ({entry.kind})"
+    what = f"the new log entry ({kind})"
     try:
-        State(0, "").apply(records.parse_object(records.canonical_object(entry), LogEntry, what), "")
+        State(0, "").apply(records.parse_object(data, LogEntry, what), "")
     except Corrupt as exc:
         raise InvalidInput(f"{what} would not be readable, so it was not committed: {exc.message}") from exc
 
