@@ -15,7 +15,8 @@ from outlast.events import NULL_SINK, ListSink
 from outlast.records import PackRef
 from outlast.repo import log, seal
 from outlast.repo.chain import walk
-from outlast.repo.log import Log, State, entry_name
+from outlast.repo.log import Log, entry_name
+from outlast.repo.state import PACKS, State
 from outlast.store.base import Buffer
 from outlast.store.memory import MemoryStore
 
@@ -65,7 +66,7 @@ def names(store: MemoryStore) -> list[str]:
 def fill(store: MemoryStore, count: int, keys: seal.Keys | None = None) -> Log:
     opened = open_log(store, keys)
     for number in range(count):
-        opened.append(log.PACKS, body(f"pack{number}"))
+        opened.append(PACKS, body(f"pack{number}"))
     return opened
 
 
@@ -96,10 +97,10 @@ def test_one_commit_is_one_entry(trouble: list[str], keys: seal.Keys | None) -> 
     store = Unreliable()
     mine = fill(store, 2, keys)
     store.trouble = list(trouble)
-    entry = mine.append(log.PACKS, body("mine"))
+    entry = mine.append(PACKS, body("mine"))
     assert entry.seq == 3
     assert names(store) == [entry_name(seq) for seq in (1, 2, 3)]
-    mine.append(log.PACKS, body("next"))
+    mine.append(PACKS, body("next"))
     assert open_log(store, keys, seed=1).state == mine.state
 
 
@@ -107,7 +108,7 @@ def test_a_write_that_lands_late_is_not_committed_twice() -> None:
     store = Unreliable()
     mine = fill(store, 1)
     store.trouble = ["late"]
-    mine.append(log.PACKS, body("mine"))
+    mine.append(PACKS, body("mine"))
     for land in store.late:
         with pytest.raises(Exists):
             land()
@@ -127,7 +128,7 @@ def test_a_write_that_lands_while_the_outcome_is_read_is_our_own() -> None:
         slept(seconds)
 
     mine._clock.sleep = land_then_sleep  # type: ignore[method-assign]
-    mine.append(log.PACKS, body("mine"))
+    mine.append(PACKS, body("mine"))
     assert len(names(store)) == 2
     assert open_log(store).state == mine.state
 
@@ -137,7 +138,7 @@ def test_a_store_that_stays_away_is_said_to() -> None:
     mine = fill(store, 1)
     store.trouble = ["lost request"] * 100
     with pytest.raises(Unavailable, match="not accepted"):
-        mine.append(log.PACKS, body("mine"))
+        mine.append(PACKS, body("mine"))
     assert len(names(store)) == 1
 
 
@@ -154,8 +155,8 @@ def test_two_writers_take_turns_and_each_sees_the_other() -> None:
         return make
 
     for number in range(5):
-        first.append(log.PACKS, counting(f"first{number}"))
-        second.append(log.PACKS, counting(f"second{number}"))
+        first.append(PACKS, counting(f"first{number}"))
+        second.append(PACKS, counting(f"second{number}"))
     fresh = open_log(store, seed=3)
     assert len(fresh.state.packs) == 10
     assert fresh.state == second.state
@@ -170,7 +171,7 @@ def test_writers_in_threads_lose_nothing() -> None:
         try:
             mine = open_log(store, seed=writer)
             for number in range(10):
-                mine.append(log.PACKS, body(f"{writer}-{number}"))
+                mine.append(PACKS, body(f"{writer}-{number}"))
         except OutlastError as exc:
             failures.append(exc)
 
@@ -254,7 +255,7 @@ def test_a_whole_entry_of_another_history_breaks_the_chain_and_is_named(at: int)
     fill(store, 5)
     other = Log(foreign, None, "0e" * 32, ManualClock(5), NULL_SINK)
     for number in range(5):
-        other.append(log.PACKS, body(f"foreign{number}"))
+        other.append(PACKS, body(f"foreign{number}"))
     store.put(entry_name(at), [foreign.get(entry_name(at))])
     with pytest.raises(Corrupt, match="does not chain"):
         open_log(store)
@@ -319,7 +320,7 @@ def test_a_state_stands_in_for_entries_that_were_lost_before_it() -> None:
     store = MemoryStore()
     mine = fill(store, log.STATE_EVERY)
     mine.save_state()
-    mine.append(log.PACKS, body("after"))
+    mine.append(PACKS, body("after"))
     store.put(entry_name(7), [b"rubbish"])
     assert open_log(store).state == mine.state
     found = walk(store, open_log(store))
@@ -333,7 +334,7 @@ def test_an_unreadable_body_is_named_and_later_kinds_are_let_through() -> None:
     mine = fill(store, 1)
     mine.append("a kind of the future", lambda state: {"anything": [1, 2]})
     assert open_log(store).state.seq == 2
-    entry = records.LogEntry(3, "", mine.state.head_hash, "", "", log.PACKS, {"packs": [{"name": 5}]})
+    entry = records.LogEntry(3, "", mine.state.head_hash, "", "", PACKS, {"packs": [{"name": 5}]})
     store.put(entry_name(3), [records.canonical_object(entry)])
     with pytest.raises(Corrupt, match="log entry 3"):
         open_log(store)

@@ -25,15 +25,16 @@ from outlast.errors import Corrupt, InvalidInput, NotFound, OutlastError
 from outlast.events import NULL_SINK, EventSink, Progress
 from outlast.records import PackRef
 from outlast.repo import chain, pack, seal
+from outlast.repo.form import OBJECT_BYTES_MAX
 from outlast.repo.index import Index, footer_rows, indexed_pack, read_segment
+from outlast.repo.keyring import Secret, read_slot
 from outlast.repo.pack import Footer, object_name
 from outlast.repo.references import Findings, References
-from outlast.repo.repository import SEGMENT_BYTES_MAX, Repository, Secret, read_slot
+from outlast.repo.repository import SEGMENT_BYTES_MAX, Repository
 from outlast.store.base import ObjectStore
 
 RANGE_BYTES = 8 << 20
 _PROGRESS_SECONDS = 0.1
-_FORMAT_BYTES_MAX = 1 << 20
 _DERIVED = "It is derived from the packs and costs nothing: delete it, and it is made again when it is due."
 
 Data = Literal["all", "none"] | float
@@ -171,7 +172,7 @@ class _Check:
     def _check_format_and_keys(self) -> None:
         view = self._view
         try:
-            if view.store.stat("format").size_bytes > _FORMAT_BYTES_MAX:
+            if view.store.stat("format").size_bytes > OBJECT_BYTES_MAX:
                 self._findings.problem("format", "It is far too large.")
             elif seal.digest(view.store.get("format")).hex() != view.log.anchor:
                 self._findings.problem("format", "format is not what it was when the repository was opened.")

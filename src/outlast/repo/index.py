@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import blake3
@@ -147,10 +147,15 @@ class Index:
             if found == chunk:
                 yield Location(self._packs[pack], offset, stored_bytes, plain_bytes, codec)
 
-    def add_segment(self, data: bytes, name: str, keys: Keys | None) -> None:
+    def forget_packs(self, names: set[str]) -> None:
+        """Packs that are gone."""
+
+    def add_segment(self, data: bytes, name: str, keys: Keys | None, wanted: Container[str] | None = None) -> None:
         """Fold a segment. Raises `Corrupt`, having changed nothing, when it isn't what its name says."""
         packs, rows = read_segment(data, name, keys)
-        unknown = np.array([pack.name not in self._known for pack in packs], bool)
+        unknown = np.array(
+            [pack.name not in self._known and (wanted is None or pack.name in wanted) for pack in packs], bool
+        )
         if not unknown.any():
             return
         renumber = np.cumsum(unknown) - 1

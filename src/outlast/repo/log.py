@@ -15,19 +15,19 @@ import getpass
 import os
 import re
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-import msgspec
 
 from outlast import records
 from outlast.clock import Clock
 from outlast.errors import Corrupt, Exists, InvalidInput, NotFound, OutlastError, Unavailable
 from outlast.events import Event, EventSink
-from outlast.records import LogEntry, PackRef, Snapshot
+from outlast.records import LogEntry
 from outlast.repo import seal
 from outlast.repo.seal import Keys
+from outlast.repo.state import SWEEP, State
 from outlast.store.base import ObjectStore
 
 ENTRY_BYTES_MAX = 256 << 20
@@ -41,37 +41,6 @@ _MISSING_HINT = (
     "and never changes. `outlast check` tells what is affected."
 )
 
-SNAPSHOT = "snapshot"
-PACKS = "packs"
-
-
-class State(msgspec.Struct):
-    """What the log says, as of entry `seq`. `head_hash` is what the next entry chains to."""
-
-    seq: int
-    head_hash: str
-    snapshots: dict[str, Snapshot] = {}
-    packs: dict[str, PackRef] = {}
-
-    def apply(self, entry: LogEntry, entry_hash: str) -> None:
-        """Fold one entry. Kinds this version doesn't know change nothing here."""
-        if entry.kind in (SNAPSHOT, PACKS):
-            for fields in entry.body.get("packs", []):
-                pack = _convert(fields, PackRef, entry)
-                self.packs[pack.name] = pack
-        if entry.kind == SNAPSHOT:
-            snapshot = _convert(entry.body.get("snapshot"), Snapshot, entry)
-            self.snapshots[snapshot.id] = snapshot
-        self.seq = entry.seq
-        self.head_hash = entry_hash
-
-
-def _convert(fields: Any, kind: type[msgspec.Struct], entry: LogEntry) -> Any:
-    try:
-        return msgspec.convert(fields, kind)
-    except msgspec.ValidationError as exc:
-        raise Corrupt(f"log entry {entry.seq} ({entry.kind}) can't be read: {exc}.") from exc
-
 
 def entry_name(seq: int) -> str:
     return f"log/{seq:020d}"
@@ -82,7 +51,7 @@ def state_name(seq: int) -> str:
 
 
 class Log:
-    """The entries of one repository and the state they fold to. Not for use by several threads."""
+    """The entries of one repository and the state they fold to. `append` and `refresh` are for any thread."""
 
     def __init__(self, store: ObjectStore, keys: Keys | None, anchor: str, clock: Clock, sink: EventSink) -> None:
         self._store = store
@@ -91,7 +60,10 @@ class Log:
         self._clock = clock
         self._sink = sink
         self._state_seq = 0
+        self._lock = threading.RLock()
         self.state = State(0, anchor)
+        self.swept: set[str] = set()
+        """packs that were given up since this log was loaded: a session that relies on one has to begin again"""
 
     def load(self) -> None:
         """Read the newest usable state and every entry after it."""
@@ -104,6 +76,10 @@ class Log:
 
         A listing may lag behind, so reading goes on past it until a number is really absent.
         """
+        with self._lock:
+            return self._refresh()
+
+    def _refresh(self) -> list[LogEntry]:
         fresh: list[LogEntry] = []
         listed = self.listed(after=self.state.seq)
         for seq, data in zip(listed, self.read_many(listed), strict=True):
@@ -152,8 +128,13 @@ class Log:
                 f"log entry {entry.seq} does not chain to the entry before it: one of the two was changed.",
                 hint=_MISSING_HINT,
             )
-        self.state.apply(entry, seal.digest(data).hex())
+        self._apply(entry, data)
         return entry
+
+    def _apply(self, entry: LogEntry, data: bytes) -> None:
+        self.state.apply(entry, seal.digest(data).hex())
+        if entry.kind == SWEEP:
+            self.swept.update(entry.body["packs"])
 
     def parse(self, data: bytes, seq: int) -> LogEntry:
         """Decode the stored bytes of entry `seq`; `Corrupt` names it."""
@@ -174,6 +155,10 @@ class Log:
         Raises `Unavailable` when the store stays out of reach; then nothing is known to be committed,
         and an entry with our write id, should it appear, is whole.
         """
+        with self._lock:
+            return self._append(kind, make_body)
+
+    def _append(self, kind: str, make_body: Callable[[State], dict[str, Any]]) -> LogEntry:
         write_id = self._clock.random_bytes(16).hex()
         failure: OutlastError | None = None
         for attempt in range(_APPEND_TRIES):
@@ -192,7 +177,7 @@ class Log:
                         return other
                 self._clock.sleep(0.02 * 2**attempt * (1 + self._clock.random_bytes(1)[0] / 256))
                 continue
-            self.state.apply(entry, seal.digest(data).hex())
+            self._apply(entry, data)
             return entry
         assert failure is not None
         raise Unavailable(

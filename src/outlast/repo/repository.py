@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from typing import Literal
 
 import msgspec
@@ -24,33 +23,26 @@ from outlast.errors import (
     NotFound,
     OutlastError,
     Refused,
-    WrongKey,
 )
 from outlast.events import NULL_SINK, Event, EventSink
 from outlast.records import FORMAT_VERSION, Chunking, ChunkRef, Encryption, Entry, Format, PackRef, Snapshot
 from outlast.repo import chain, codec, pack, seal
+from outlast.repo import form as form_of
 from outlast.repo.chain import Walk
 from outlast.repo.chunker import cutter
 from outlast.repo.index import Index, IndexedPack, Location
-from outlast.repo.log import Log, State
+from outlast.repo.keyring import Secret, open_keys
+from outlast.repo.log import Log
 from outlast.repo.pack import Footer, object_name
 from outlast.repo.read import Fetched, fetch
 from outlast.repo.seal import ChunkSealer, Keys
+from outlast.repo.state import State
 from outlast.repo.write import Writer
-from outlast.store.base import ObjectInfo, ObjectStore
-
-FEATURES: list[str] = []
-"""Mandatory features this version knows beyond format version 1: none yet."""
+from outlast.store.base import ObjectStore
 
 PACK_BYTES = 64 << 20
-PACK_BYTES_MAX = 1 << 30
 SEGMENT_BYTES_MAX = 4 << 30
-_FORMAT_BYTES_MAX = 1 << 20
-_SLOTS_MAX = 64
 _ID_CHARACTERS_MIN = 4
-
-Secret = Callable[[], bytes]
-"""Gives the passphrase when it is needed; called at most once per open."""
 
 
 class Repository:
@@ -77,6 +69,10 @@ class Repository:
         self.index = Index()
         self.uncovered: list[Footer] = []
         """footers of known packs that no index segment covers"""
+        self.own_packs: set[str] = set()
+        """packs that this process made durable and no entry names yet"""
+        self._asked_after: set[str] = set()
+        """missing packs for whose sake the log was read again"""
         self._indexed = False
         self._reads_packs = False
         self._present: dict[str, bool] = {}
@@ -123,13 +119,13 @@ class Repository:
             version=FORMAT_VERSION,
             id=repository_id.hex(),
             created=created,
-            features=FEATURES,
+            features=form_of.FEATURES,
             chunking=chunking or Chunking(),
             compression=compression,
             pack_bytes=pack_bytes,
             encryption=Encryption() if secret else None,
         )
-        _check_sizes(form)
+        form_of.check_sizes(form)
         data = records.canonical_object(form)
         anchor = seal.digest(data).hex()
         if secret is not None:
@@ -140,7 +136,7 @@ class Repository:
             store.put_if_absent("format", [data])
         except Exists as exc:
             raise Refused(f"{store.url} holds a repository already; nothing was changed.") from exc
-        _prove_create_if_absent(store, data)
+        form_of.prove_create_if_absent(store, data)
         return cls(store, form, keys, anchor, clock, sink)
 
     @classmethod
@@ -200,7 +196,7 @@ class Repository:
         sink: EventSink = NULL_SINK,
     ) -> Repository:
         """What `open` does without reading the log: no snapshot and no pack is known yet."""
-        data = _get_or_none(store, "format")
+        data = form_of.get_or_none(store, "format")
         if data is None:
             if next(store.list("log/"), None) is not None:
                 raise Corrupt(
@@ -208,9 +204,9 @@ class Repository:
                     hint="Copy `format` back from a replica: it is small and never changes.",
                 )
             raise NoRepository(f"there is no repository at {store.url}.", hint="Make one with `outlast init`.")
-        form = _parse_format(data, store.url)
+        form = form_of.parse_format(data, store.url)
         anchor = seal.digest(data).hex()
-        keys = _open_keys(store, form, secret) if form.encryption else None
+        keys = open_keys(store, form, secret) if form.encryption else None
         if keys and keys.anchor != anchor:
             raise Corrupt(
                 f"the object `format` of {store.url} is not the one it was made with; nothing was touched.",
@@ -291,14 +287,14 @@ class Repository:
         A damaged segment is ignored; a damaged footer leaves its pack's chunks unknown. Both are
         told as events: what needs those chunks will name them.
         """
-        wanted = self.state.packs
+        wanted = self.state.readable_packs()
         if not self._indexed:
             for info in self.store.list("index/"):
                 name = info.name.removeprefix("index/")
                 try:
                     if info.size_bytes > SEGMENT_BYTES_MAX:
                         raise Corrupt(f"{info.name} is far too large to be an index segment.")
-                    self.index.add_segment(self.store.get(info.name), name, self.keys)
+                    self.index.add_segment(self.store.get(info.name), name, self.keys, wanted)
                 except (Corrupt, NotFound) as exc:
                     self.sink.event(
                         Event("index.ignored", f"{exc} It is rebuilt from the packs.", {"object": info.name})
@@ -310,6 +306,14 @@ class Repository:
         self.index.sort()
         self._indexed = True
         return self.index
+
+    def refresh(self) -> None:
+        """Learn what others committed since: new packs, and those that are gone. Raises as `open` does."""
+        self.log.refresh()
+        self.index.forget_packs(self.log.swept)
+        self.uncovered = [footer for footer in self.uncovered if footer.name not in self.log.swept]
+        if self._indexed:
+            self.load_index()
 
     def use_index(self, index: Index) -> None:
         """Look chunks up in this index, which the caller has verified, instead of loading one."""
@@ -347,21 +351,29 @@ class Repository:
                 f"chunk {chunk.hex()[:16]} is in no readable pack of {self.store.url}.",
                 hint="Run `outlast check` to see which packs are damaged and which snapshots are affected.",
             )
-        return location
+        if self._is_live(location.pack.name):
+            return location
+        return next((copy for copy in self.index.copies(chunk) if self._is_live(copy.pack.name)), location)
 
-    def knows(self, chunk: bytes) -> bool:
-        """Whether new work may rely on the repository having this chunk.
+    def holder(self, chunk: bytes) -> str | None:
+        """The pack by which new work may rely on the repository having this chunk, or None.
 
         Existence is not integrity: the pack's size is checked, once per pack and process.
         """
         location = self.index.get(chunk)
         if location is None:
-            return False
+            return None
         if self._is_present(location.pack.name):
-            return True
-        return any(self._is_present(copy.pack.name) for copy in self.index.copies(chunk))
+            return location.pack.name
+        copies = (copy.pack.name for copy in self.index.copies(chunk))
+        return next((name for name in copies if self._is_present(name)), None)
+
+    def _is_live(self, pack: str) -> bool:
+        return pack in self.state.packs or pack in self.own_packs
 
     def _is_present(self, name: str) -> bool:
+        if not self._is_live(name):
+            return False
         present = self._present.get(name)
         if present is None:
             with self._lock:
@@ -406,6 +418,19 @@ class Repository:
 
     def get_chunk(self, chunk: bytes) -> bytes | memoryview:
         """The verified plain bytes of a chunk. Where one copy is damaged and there is another, that one's."""
+        missing: list[str] = []
+        try:
+            return self._read_chunk(chunk, missing)
+        except Corrupt as exc:
+            # A prune may have moved the chunk to another pack since the index was loaded.
+            if not self._learned_more(missing):
+                raise
+            try:
+                return self._read_chunk(chunk, missing)
+            except Corrupt:
+                raise exc from None
+
+    def _read_chunk(self, chunk: bytes, missing: list[str]) -> bytes | memoryview:
         first = self.locate(chunk)
         failure: OutlastError | None = None
         for location in [first, *(copy for copy in self.index.copies(chunk) if copy != first)]:
@@ -416,11 +441,25 @@ class Repository:
             except Corrupt as exc:
                 failure = failure or exc
             except NotFound:
+                missing.append(location.pack.name)
                 failure = failure or Corrupt(
                     f"pack {location.pack.name[:16]} is missing.", hint=f"The object is {name}."
                 )
         assert failure is not None
         raise failure
+
+    def _learned_more(self, missing: list[str]) -> bool:
+        """Whether others committed something since, which may tell where the content of missing packs is now."""
+        with self._lock:
+            if not missing or self._asked_after.issuperset(missing):
+                return False
+            self._asked_after.update(missing)
+            before = self.state.seq
+            try:
+                self.refresh()
+            except OutlastError:
+                return False  # the log is damaged or out of reach: what was asked for first is the news
+            return self.state.seq != before
 
     def open_chunk(self, chunk: bytes, location: Location, stored: bytes | memoryview) -> bytes | memoryview:
         """Stored bytes -> plain bytes; `Corrupt` unless they hash to the chunk's id."""
@@ -494,104 +533,3 @@ def chunk_offsets(entry: Entry) -> Iterator[tuple[int, ChunkRef]]:
             hole_start, hole_bytes = next(holes)
         yield at, ref
         at += ref[1]
-
-
-def _check_sizes(form: Format) -> None:
-    """Refuse chunking that readers would refuse, or that would fill the memory."""
-    cut = form.chunking
-    if not (
-        512 <= cut.block_bytes <= pack.CHUNK_BYTES_MAX
-        and 64 <= cut.min_bytes <= 1 << 20
-        and 256 <= cut.avg_bytes <= 4 << 20
-        and 1024 <= cut.max_bytes <= 16 << 20
-        and cut.min_bytes < cut.avg_bytes < cut.max_bytes
-        and 1 << 10 <= form.pack_bytes <= PACK_BYTES_MAX
-    ):
-        raise InvalidInput(f"these sizes of chunks and packs are out of bounds: {cut}, pack_bytes={form.pack_bytes}.")
-
-
-def _prove_create_if_absent(store: ObjectStore, form: bytes) -> None:
-    """A store that lets a second create through would lose commits without a word: find out now.
-
-    Where it does, the new and empty repository is spoilt, which is what it would be worth.
-    """
-    try:
-        store.put_if_absent("format", [form, b"a second create must be refused"])
-    except Exists:
-        return
-    raise Refused(
-        f"{store.url} overwrites objects that should only be created once, so no repository is safe there.",
-        hint="`outlast doctor store` shows what it does. Use a store that honours `If-None-Match: *`.",
-    )
-
-
-def _get_or_none(store: ObjectStore, name: str) -> bytes | None:
-    try:
-        if store.stat(name).size_bytes > _FORMAT_BYTES_MAX:
-            raise Corrupt(f"{name} at {store.url} is far too large to be what it should.")
-        return store.get(name)
-    except NotFound:
-        return None
-
-
-class _Version(msgspec.Struct):
-    magic: str = ""
-    version: int = 0
-    features: list[str] = []
-
-
-def _parse_format(data: bytes, url: str) -> Format:
-    what = f"the object `format` of {url}"
-    head = records.parse(data, _Version, what)  # before the hash: a newer version may end differently
-    if head.magic != "outlast repository":
-        raise Corrupt(f"{what} is not that of an outlast repository.")
-    unknown = sorted(set(head.features) - set(FEATURES))
-    if head.version > FORMAT_VERSION or unknown:
-        needs = f"version {head.version}" + (f" with {', '.join(unknown)}" if unknown else "")
-        raise Refused(
-            f"the repository at {url} is of format {needs}; this program knows version {FORMAT_VERSION}.",
-            hint="Upgrade outlast.",
-        )
-    form = records.parse_object(data, Format, what)
-    try:
-        _check_sizes(form)
-    except InvalidInput as exc:
-        raise Corrupt(f"{what} can't be right: {exc.message}") from exc
-    return form
-
-
-def read_slot(store: ObjectStore, info: ObjectInfo) -> seal.KeySlot:
-    """A key slot; `Corrupt` names it."""
-    if info.size_bytes > _FORMAT_BYTES_MAX:
-        raise Corrupt(f"{info.name} is far too large to be a key.")
-    return records.parse_object(store.get(info.name), seal.KeySlot, info.name)
-
-
-def _open_keys(store: ObjectStore, form: Format, secret: Secret | None) -> Keys:
-    if secret is None:
-        raise WrongKey(
-            f"the repository at {store.url} is encrypted and no passphrase was given.",
-            hint="Set OUTLAST_PASSPHRASE, or use --passphrase-file or --passphrase-command.",
-        )
-    passphrase = secret()
-    best: Keys | None = None
-    damaged: list[str] = []
-    slots = list(islice(store.list("keys/"), _SLOTS_MAX))
-    for info in slots:
-        try:
-            slot = read_slot(store, info)
-        except Corrupt:
-            damaged.append(info.name)  # a damaged slot must not keep a good one from opening
-            continue
-        keys = seal.unwrap_keys(slot, passphrase)
-        if keys and keys.repository.hex() == form.id and (best is None or keys.epoch > best.epoch):
-            best = keys
-    if best is None and (damaged or not slots):
-        what = f"{', '.join(damaged)} can't be read" if damaged else "all of keys/ is missing"
-        raise Corrupt(
-            f"no key of the repository at {store.url} was opened, and {what}; nothing was touched.",
-            hint="Copy the key back from a replica: it is small and never changes.",
-        )
-    if best is None:
-        raise WrongKey(f"this passphrase opens no key of the repository at {store.url}; nothing was touched.")
-    return best

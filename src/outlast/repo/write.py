@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from outlast import records
-from outlast.errors import OutlastError
+from outlast.errors import Busy, OutlastError
 from outlast.events import Event
 from outlast.records import ChunkRef, Entry, PackRef, Snapshot
-from outlast.repo import codec, log, pack, seal
+from outlast.repo import codec, pack, seal
 from outlast.repo.index import build_segment, segment_name
 from outlast.repo.pack import BuiltPack, EncodedChunk, Footer
+from outlast.repo.state import PACKS, SNAPSHOT, State
 
 if TYPE_CHECKING:
-    from outlast.repo.log import State
     from outlast.repo.repository import Repository
 
 PACK_WRITERS = 2
@@ -45,6 +45,9 @@ class Writer:
 
     Order of durable writes, the only thing that safety rests on: packs, then one log entry that
     names them. Whatever ends the session earlier leaves garbage and no damage.
+
+    A session notes every pack that it relies on. When one of them was condemned meanwhile, the
+    commit lists it again, which makes it live; when one is gone, the session has to begin again.
     """
 
     def __init__(self, repository: Repository) -> None:
@@ -57,6 +60,7 @@ class Writer:
         self._in_flight: list[Future[BuiltPack]] = []
         self._durable: list[PackRef] = []
         self._footers: list[Footer] = []
+        self._relied_on: set[str] = set()
         self._manifest: list[ChunkRef] = []
         self._lines: list[bytes] = []
         self._line_bytes = 0
@@ -69,7 +73,7 @@ class Writer:
         """Hash, look up, encode. A memoryview may be reused afterwards; what is kept of it is copied."""
         repository = self._repository
         chunk = seal.chunk_id(plain, repository.keys)
-        if repository.knows(chunk):
+        if self._has(chunk):
             return Prepared(chunk, len(plain))
         number, encoded = self._encoder().encode(plain, item_bytes)
         if encoded is plain and isinstance(plain, memoryview):
@@ -87,7 +91,7 @@ class Writer:
         if (
             prepared.encoded is not None
             and prepared.id not in self._pending
-            and not self._repository.knows(prepared.id)  # its twin's pack may have become durable meanwhile
+            and not self._has(prepared.id)  # its twin's pack may have become durable meanwhile
         ):
             self._pending.add(prepared.id)
             self._open_pack.append(EncodedChunk(prepared.id, prepared.codec, prepared.plain_bytes, prepared.encoded))
@@ -99,7 +103,14 @@ class Writer:
 
     def has(self, refs: Iterable[ChunkRef]) -> bool:
         """Whether every chunk is known, so that an unchanged file may be taken from its parent."""
-        return all(self._repository.knows(bytes.fromhex(chunk)) for chunk, _ in refs)
+        return all(self._has(bytes.fromhex(chunk)) for chunk, _ in refs)
+
+    def _has(self, chunk: bytes) -> bool:
+        holder = self._repository.holder(chunk)
+        if holder is None:
+            return False
+        self._relied_on.add(holder)
+        return True
 
     def add_entry(self, entry: Entry) -> None:
         """Append to the manifest; entries must come in `path_order`."""
@@ -159,6 +170,8 @@ class Writer:
             self._repository.index.add_recent(built.footer)
             self._pending.difference_update(built.footer.records["id"].tolist())
             self._footers.append(built.footer)
+            self._relied_on.add(built.name)
+            self._repository.own_packs.add(built.name)
             self._durable.append(PackRef(built.name, built.bytes, len(built.footer.records)))
             self.bytes_stored += built.bytes
 
@@ -166,10 +179,32 @@ class Writer:
         """Commit the packs that are durable, without a snapshot: work done so far isn't done again."""
         self._collect(wait=False)
         if self._durable:
-            packs = msgspec.to_builtins(self._durable)
-            self._repository.log.append(log.PACKS, lambda state: {"packs": packs})
-            self._durable.clear()
+            self._append(PACKS, {}, set())
             self._speed_up_next_open()
+
+    def _append(self, kind: str, body: dict[str, Any], relied_on: set[str]) -> None:
+        """Commit the packs that are durable, and with them those relied on that were condemned meanwhile."""
+        durable = {ref.name: ref for ref in self._durable}
+
+        def whole_body(state: State) -> dict[str, Any]:
+            gone = [name for name in durable if name in self._repository.log.swept]
+            rescued = []
+            for name in sorted(relied_on - durable.keys()):
+                if name in state.condemned:
+                    rescued.append(state.find(name))
+                elif name not in state.packs:
+                    gone.append(name)
+            if gone:
+                raise Busy(
+                    f"{len(gone)} packs that this work relied on were removed by a prune meanwhile; nothing was "
+                    "committed, and every snapshot is whole.",
+                    hint="Run the same command again: what was stored and is still there is not stored again.",
+                )
+            return {**body, "packs": msgspec.to_builtins([*durable.values(), *rescued])}
+
+        self._repository.log.append(kind, whole_body)
+        self._repository.own_packs.difference_update(durable)
+        self._durable.clear()
 
     def commit(self, snapshot: Snapshot) -> Snapshot:
         """Make everything durable and commit the snapshot: the only moment at which it comes to exist.
@@ -189,13 +224,7 @@ class Writer:
         )
         salt = self._repository.clock.random_bytes(16)
         snapshot = msgspec.structs.replace(snapshot, id=seal.digest(salt + records.canonical(snapshot))[:16].hex())
-        packs = msgspec.to_builtins(self._durable)
-
-        def body(state: State) -> dict[str, Any]:
-            return {"snapshot": msgspec.to_builtins(snapshot), "packs": packs}
-
-        self._repository.log.append(log.SNAPSHOT, body)
-        self._durable.clear()
+        self._append(SNAPSHOT, {"snapshot": msgspec.to_builtins(snapshot)}, self._relied_on)
         self._speed_up_next_open()
         return snapshot
 

@@ -1,0 +1,142 @@
+"""What the log says: the kinds of its entries, and the state they fold to. Pure.
+
+A pack is in one of these places, and moves only by an entry:
+
+    live         snapshots may need it, and new work may rely on it
+    condemned    given up unless somebody needs it: it can be read, but new work doesn't rely on it
+    quarantined  damaged: what can be read of it is read where there is no other copy
+    swept        gone. It is in the log before the object is deleted, so whoever relied on it learns of it
+
+Why no snapshot ever loses a chunk to this, whatever runs at the same time: entries are totally
+ordered, and each is made for the state just before it. `condemn` is made where no snapshot of that
+state needs the pack. A snapshot committed after it lists what it needs of the condemned packs
+again, which makes them live; `sweep` applies to packs that are condemned at that moment, so not to
+those; and a snapshot that needs a pack swept before is not committed at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from outlast.errors import Corrupt
+from outlast.records import LogEntry, PackRef, Snapshot
+
+SNAPSHOT = "snapshot"
+PACKS = "packs"
+FORGET = "forget"
+CONDEMN = "condemn"
+SWEEP = "sweep"
+QUARANTINE = "quarantine"
+VERIFIED = "verified"
+KEY = "key"
+
+
+class Condemned(msgspec.Struct, frozen=True):
+    """A pack that nobody needs, since entry `seq`."""
+
+    name: str
+    bytes: int
+    chunks: int
+    seq: int
+
+
+class State(msgspec.Struct, omit_defaults=True):
+    """What the log says, as of entry `seq`. `head_hash` is what the next entry chains to."""
+
+    seq: int
+    head_hash: str
+    snapshots: dict[str, Snapshot] = {}
+    packs: dict[str, PackRef] = {}
+    """the live ones"""
+    condemned: dict[str, Condemned] = {}
+    quarantined: dict[str, PackRef] = {}
+    ignored: list[str] = []
+    """damaged derived objects that need not be told again"""
+    verified: dict[str, str] = {}
+    """pack -> when every stored byte of it was last read and found right, RFC 3339"""
+
+    def apply(self, entry: LogEntry, entry_hash: str) -> None:
+        """Fold one entry. Kinds this version doesn't know change nothing here; `Corrupt` when it can't be read."""
+        fold = _FOLDS.get(entry.kind)
+        if fold is not None:
+            try:
+                fold(self, entry)
+            except (msgspec.ValidationError, KeyError) as exc:
+                raise Corrupt(f"log entry {entry.seq} ({entry.kind}) can't be read: {exc}.") from exc
+        self.seq = entry.seq
+        self.head_hash = entry_hash
+
+    def readable_packs(self) -> dict[str, PackRef]:
+        """Every pack that may hold what a snapshot needs: all but those that were swept."""
+        condemned = {name: PackRef(name, each.bytes, each.chunks) for name, each in self.condemned.items()}
+        return {**self.quarantined, **condemned, **self.packs} if condemned or self.quarantined else self.packs
+
+    def find(self, pack: str) -> PackRef | None:
+        """A pack that was not swept."""
+        found = self.packs.get(pack) or self.quarantined.get(pack)
+        condemned = self.condemned.get(pack)
+        return found or (PackRef(pack, condemned.bytes, condemned.chunks) if condemned else None)
+
+
+def _packs(state: State, entry: LogEntry) -> None:
+    for pack in msgspec.convert(entry.body.get("packs", []), list[PackRef]):
+        state.packs[pack.name] = pack
+        state.condemned.pop(pack.name, None)
+        state.quarantined.pop(pack.name, None)
+
+
+def _snapshot(state: State, entry: LogEntry) -> None:
+    snapshot = msgspec.convert(entry.body["snapshot"], Snapshot)
+    _packs(state, entry)
+    state.snapshots[snapshot.id] = snapshot
+
+
+def _forget(state: State, entry: LogEntry) -> None:
+    for snapshot in _names(entry, "snapshots"):
+        state.snapshots.pop(snapshot, None)
+
+
+def _condemn(state: State, entry: LogEntry) -> None:
+    for pack in msgspec.convert(entry.body["packs"], list[PackRef]):
+        state.packs.pop(pack.name, None)
+        state.quarantined.pop(pack.name, None)
+        state.condemned[pack.name] = Condemned(pack.name, pack.bytes, pack.chunks, entry.seq)
+
+
+def _sweep(state: State, entry: LogEntry) -> None:
+    for name in _names(entry, "packs"):
+        if state.condemned.pop(name, None):
+            state.verified.pop(name, None)
+
+
+def _quarantine(state: State, entry: LogEntry) -> None:
+    for name in _names(entry, "packs"):
+        pack = state.packs.pop(name, None)
+        if pack is not None:
+            state.quarantined[name] = pack
+            state.verified.pop(name, None)
+    ignored = dict.fromkeys([*state.ignored, *_names(entry, "objects")])
+    state.ignored = list(ignored)
+
+
+def _verified(state: State, entry: LogEntry) -> None:
+    for name in _names(entry, "packs"):
+        if name in state.packs:
+            state.verified[name] = entry.time
+
+
+def _names(entry: LogEntry, field: str) -> list[str]:
+    return msgspec.convert(entry.body.get(field, []), list[str])
+
+
+_FOLDS: dict[str, Any] = {
+    SNAPSHOT: _snapshot,
+    PACKS: _packs,
+    FORGET: _forget,
+    CONDEMN: _condemn,
+    SWEEP: _sweep,
+    QUARANTINE: _quarantine,
+    VERIFIED: _verified,
+}
