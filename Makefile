@@ -1,5 +1,6 @@
 # Each target works alone on a fresh machine that has Python 3.11 or newer and make.
 # PYTHON=python3.12 make setup    picks another interpreter
+# make soak MINUTES=30 SEED=7       repeats what an earlier soak chose to do
 # make test ARGS="-k restore"     passes arguments on to pytest (test), or to the program (bench)
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-servers demo test check bench
+.PHONY: help setup setup-servers demo test check bench soak
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +33,10 @@ demo: setup ## back up, change, lose, restore and damage a real model folder; un
 
 test: setup ## run every test
 	@$(BIN)/python -m pytest $(ARGS)
+
+MINUTES ?= 5
+soak: setup ## random work by several processes with kills and faults for MINUTES=n, repeated by SEED=n
+	@$(BIN)/python tests/soak/run.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 check: setup ## style, types, import rules and house rules
 	@$(BIN)/ruff check .

@@ -16,11 +16,12 @@ MEMORY_BYTES_MAX = 600_000_000
 @dataclass(frozen=True)
 class Bar:
     """One promise. `slower`: subject / against must be at most `limit`; `faster`: against / subject at
-    least `limit`; `seconds`: the subject's time at most `limit`; `added`: bytes added / bytes changed."""
+    least `limit`; `seconds`: the subject's time at most `limit`; `memory`: its peak, in bytes; `added`:
+    bytes added / bytes changed."""
 
     row: str
     subject: str
-    kind: Literal["slower", "faster", "seconds", "added"]
+    kind: Literal["slower", "faster", "seconds", "memory", "added"]
     limit: float
     against: str = ""
 
@@ -34,6 +35,8 @@ class Bar:
             return f"at least {self.limit:g}x faster than {self.against}"
         if self.kind == "seconds":
             return f"at most {self.limit:g} s"
+        if self.kind == "memory":
+            return f"at most {self.limit / 1e6:g} MB at its peak"
         return f"adds at most {self.limit:g}x the bytes that changed"
 
 
@@ -66,6 +69,9 @@ BARS = (
     Bar("check", "outlast none", "slower", 1.2, "plain read (none)"),
     Bar("small-backup", "outlast auto", "slower", 1.0, "restic"),
     Bar("small-restore", "outlast auto", "slower", 1.0, "restic"),
+    Bar("grown-commit", "outlast, 10,000 snapshots", "seconds", 1.5),
+    Bar("grown-commit", "outlast, 10,000 snapshots", "memory", 400e6),
+    Bar("grown-prune", "outlast, 10,000 snapshots", "seconds", 10),
     Bar("help", "outlast auto", "seconds", 0.2),
 )
 
@@ -96,6 +102,10 @@ def judge_one(bar: Bar, records: list[Record]) -> Verdict:
         ]
         if ratios:
             figure, kept = f"{median(ratios):.3f}x", median(ratios) <= bar.limit
+    elif bar.kind == "memory":
+        peaks = [item["rss_bytes"] for item in records if (item["row"], item["contender"]) == (bar.row, bar.subject)]
+        if peaks:
+            figure, kept = f"{max(peaks) / 1e6:.0f} MB", max(peaks) <= bar.limit
     elif bar.kind == "seconds":
         if subject:
             figure, kept = f"{median(subject):.2f} s", median(subject) <= bar.limit

@@ -51,6 +51,12 @@ class Outlast:
     def check(self, repository: Path) -> Command:
         return self._command(repository, "check", "--data", "all", cold=repository)
 
+    def snapshots(self, repository: Path) -> Command:
+        return self._command(repository, "snapshots")
+
+    def plan_prune(self, repository: Path) -> Command:
+        return self._command(repository, "prune", "--dry-run", "--max-delete", "100%")
+
     def added_bytes(self, stdout: str) -> int:
         return int(json.loads(stdout)["bytes_added"])
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import filecmp
 import json
+import os
 import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from contenders import (
@@ -28,6 +30,7 @@ from contenders import (
 from measure import Command, Outcome, bytes_in, remove, warm_up
 
 DATA = Path(__file__).with_name("data.py")
+GROW = Path(__file__).with_name("grow.py")
 ALL = (NONE, AUTO, SEALED, RESTIC, BORG)
 DEFAULTS = (AUTO, RESTIC, BORG)
 
@@ -69,6 +72,15 @@ class Stage:
             facts = self._make("model", str(self.model), *sizes, *(["--one-step"] if one_step else []))
             self.version, self.source_bytes, self.changed_bytes = version, facts["bytes"], facts["changed"]
         warm_up(self.model)
+
+    def make_grown(self) -> dict[str, Path]:
+        """Repositories of 100, 1,000 and 10,000 snapshots, the largest with two million chunks, made once."""
+        counts = [max(2, round(count * self.scale)) for count in (100, 1000, 10_000)]
+        grown = self.scratch / "grown"
+        if not grown.exists():
+            grown.mkdir()
+            subprocess.run([sys.executable, str(GROW), str(grown), *map(str, counts)], check=True)
+        return {f"outlast, {count:,} snapshots": grown / str(count) for count in counts}
 
     def make_small(self) -> None:
         if not self.small_bytes:
@@ -278,6 +290,50 @@ class Help(Row):
         return 0
 
 
+class Grown(Row):
+    """The same work on repositories of more and more snapshots."""
+
+    reference = "outlast, 100 snapshots"
+
+    def trials(self) -> list[Trial]:
+        grown = self.stage.make_grown()
+        return [Trial(name, partial(self.work, repository)) for name, repository in grown.items()]
+
+    def source_bytes(self) -> int:
+        return 0
+
+    @abstractmethod
+    def work(self, repository: Path) -> Command:
+        """What is timed."""
+
+
+class GrownCommit(Grown):
+    name = "grown-commit"
+    title = "Backup of 10 MB of new data into a repository of 200 new chunks a snapshot"
+
+    def work(self, repository: Path) -> Command:
+        source = self.stage.scratch / "ten-megabytes"
+        source.mkdir(exist_ok=True)
+        (source / "new.bin").write_bytes(os.urandom(round(10_000_000 * min(1, self.stage.scale))))
+        return AUTO.backup(repository, source)
+
+
+class GrownList(Grown):
+    name = "grown-list"
+    title = "List of all snapshots"
+
+    def work(self, repository: Path) -> Command:
+        return AUTO.snapshots(repository)
+
+
+class GrownPrune(Grown):
+    name = "grown-prune"
+    title = "Plan of a prune: which chunks does each snapshot need, of 1,000 each?"
+
+    def work(self, repository: Path) -> Command:
+        return AUTO.plan_prune(repository)
+
+
 ROWS: tuple[type[Row], ...] = (
     First,
     Unchanged,
@@ -287,6 +343,9 @@ ROWS: tuple[type[Row], ...] = (
     OneLayerOneStep,
     SmallBackup,
     SmallRestore,
+    GrownCommit,
+    GrownList,
+    GrownPrune,
     Help,
 )
 

@@ -160,6 +160,8 @@ class Format(msgspec.Struct, frozen=True):
     compression: Literal["auto", "none", "zstd"]
     pack_bytes: int
     encryption: Encryption | None = None
+    lock_days: int | msgspec.UnsetType = msgspec.UNSET
+    """for how many days each object that isn't derived is locked by the store; left out where none is"""
 
 
 def canonical(record: msgspec.Struct) -> bytes:

@@ -13,7 +13,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 PASSPHRASE = "correct horse battery staple"
-COMMANDS = ["init", "backup", "snapshots", "show", "diff", "restore", "check", "doctor store"]
+COMMANDS = [
+    *("init", "backup", "snapshots", "show", "diff", "restore", "check", "forget", "prune", "copy", "doctor store"),
+    *("key list", "key add", "key remove", "key rotate", "repo stats", "repo log", "repo verify-log"),
+]
 
 
 class Ran:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import struct
+import threading
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from outlast.errors import Corrupt
@@ -17,8 +19,8 @@ KEYS = seal.new_keys(b"r" * 16, bytes(range(64)))
 
 
 def chunk_name(number: int) -> bytes:
-    """Ids of which many share their first 8 bytes, by which the index sorts."""
-    return struct.pack(">Q", number % 3 * 2**62) + bytes(20) + struct.pack(">I", number)
+    """Ids of which many share their first 4 bytes, by which the index sorts, and many their first 8."""
+    return struct.pack(">II", number % 3 * 2**30, number % 2) + bytes(20) + struct.pack(">I", number)
 
 
 def footer(salt: int, numbers: list[int]) -> Footer:
@@ -87,6 +89,132 @@ def test_segments_that_overlap_add_nothing_twice(parts: list[Footer], twice: lis
     index.sort()
     assert len(index) == sum(len(part.records) for part in {part.name: part for part in parts}.values())
     assert_holds(index, list({part.name: part for part in parts}.values()))
+
+
+class Model:
+    """What an index knows: packs in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Footer] = {}
+        self.forgotten: set[str] = set()
+
+    def add(self, parts: list[Footer], wanted: set[str] | None = None) -> None:
+        for part in parts:
+            if part.name not in self.forgotten and (wanted is None or part.name in wanted):
+                self.known.setdefault(part.name, part)
+
+    def forget(self, names: set[str]) -> None:
+        self.forgotten |= names
+        self.known = {name: part for name, part in self.known.items() if name not in names}
+
+    def copies(self, chunk: bytes) -> list[tuple[str, int]]:
+        found = [
+            (name, int(row["offset"]))
+            for name, part in self.known.items()
+            for row in part.records
+            if row["id"].tobytes() == chunk
+        ]
+        return found[::-1]
+
+
+PARTS = [footer(salt, [*range(salt, 40, 2 + salt % 3), 41 + salt]) for salt in range(6)]
+some_parts = st.lists(st.sampled_from(PARTS), unique_by=lambda part: part.name)
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["add", "recent", "forget"]), some_parts, st.none()),
+        st.tuples(st.just("segment"), some_parts, st.none() | st.sets(st.sampled_from([part.name for part in PARTS]))),
+    ),
+    max_size=8,
+)
+
+
+@example(steps=[("recent", PARTS[:1], None), ("segment", PARTS[1:2], None)])
+@given(steps=steps)
+@settings(max_examples=150, deadline=None)
+def test_the_index_knows_what_a_dict_would(steps: list[tuple[str, list[Footer], set[str] | None]]) -> None:
+    index, model = Index(), Model()
+    for kind, parts, wanted in steps:
+        if kind == "forget":
+            index.forget_packs({part.name for part in parts})
+            model.forget({part.name for part in parts})
+            continue
+        model.add(parts, wanted)
+        if kind == "add":
+            index.add(parts)
+            index.sort()
+        elif kind == "segment":
+            data = build_segment(parts)
+            index.add_segment(data, segment_name(data, None), None, wanted)
+            index.sort()
+        else:
+            for part in parts:
+                index.add_recent(part)
+        for number in range(48):
+            location, expected = index.get(chunk_name(number)), model.copies(chunk_name(number))
+            assert (location is None) == (not expected)
+            assert location is None or (location.pack.name, location.offset) in expected
+    index.sort()
+    assert index.packs == set(model.known)
+    assert len(index) == sum(len(part.records) for part in model.known.values())
+    for number in range(48):
+        found = [(copy.pack.name, copy.offset) for copy in index.copies(chunk_name(number))]
+        assert found == model.copies(chunk_name(number))
+
+
+def random_footer(salt: int, count: int) -> Footer:
+    rows = np.zeros(count, pack.RECORD)
+    rows["id"] = np.frombuffer(np.random.default_rng(salt).bytes(32 * count), "V32")
+    rows["offset"] = np.arange(count) * 100 + 64
+    rows["stored"] = rows["plain"] = 100
+    return Footer(salt.to_bytes(32, "big").hex(), 0, False, bytes(32), rows)
+
+
+@pytest.mark.parametrize("recent", [False, True])
+def test_many_chunks_of_one_process_are_all_found(recent: bool) -> None:
+    index, parts = Index(), [random_footer(salt, 30_000) for salt in range(5)]
+    for part in parts:
+        if recent:
+            index.add_recent(part)
+        else:
+            index.add([part])
+    if not recent:
+        index.sort()
+    assert len(index) == 150_000
+    for part in parts:
+        for row in (0, 1, 17_000, 29_999):
+            location = index.get(part.records["id"][row].tobytes())
+            assert location is not None
+            assert (location.pack.name, location.offset) == (part.name, row * 100 + 64)
+    assert index.get(bytes(32)) is None
+    assert index.get(b"\xff" * 32) is None
+
+
+def test_what_is_known_is_found_while_others_are_added() -> None:
+    index, first = Index(), random_footer(0, 500)
+    index.add([first])
+    index.sort()
+    chunks = [row.tobytes() for row in first.records["id"]]
+    missed: list[bytes] = []
+    ended = threading.Event()
+
+    def look_up() -> None:
+        while not ended.is_set():
+            missed.extend(chunk for chunk in chunks if index.get(chunk) is None)
+
+    threads = [threading.Thread(target=look_up) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for salt in range(1, 60, 3):
+        index.add_recent(random_footer(salt, 200))
+        data = build_segment([random_footer(salt + 1, 200), first])
+        index.add_segment(data, segment_name(data, None), None)
+        index.sort()
+        index.add([random_footer(salt + 2, 200)])
+        index.forget_packs({random_footer(salt, 1).name})
+    ended.set()
+    for thread in threads:
+        thread.join()
+    assert not missed
 
 
 def test_the_last_copy_counts() -> None:

@@ -15,7 +15,7 @@ from outlast import __version__, records
 from outlast.backup.read import FileReader, Reading
 from outlast.backup.selection import matcher
 from outlast.backup.walk import Found, Root, roots, walk
-from outlast.errors import Corrupt, InvalidInput, Refused
+from outlast.errors import Busy, Corrupt, InvalidInput, Refused
 from outlast.events import Event, Progress
 from outlast.records import Entry, Snapshot
 from outlast.repo.repository import Repository
@@ -23,6 +23,7 @@ from outlast.repo.write import Writer
 from outlast.store.layers import own_folder
 
 _PROBLEMS_NAMED_MAX = 1000
+_TRIES = 3
 _RACE_NS = 20_000_000
 """A file changed this shortly before its last backup began may have changed again within one tick
 of the file system's clock; it is read again instead of trusted."""
@@ -82,10 +83,18 @@ def create(
     gone = {path for path, _ in missing}
     first = next(path for path in map(os.fsencode, sources) if path not in gone)
     own_name = (os.path.basename(os.path.realpath(first)) or b"root").decode(errors="replace")
-    backup = _Backup(repository, found, name or own_name, exclude, full)
-    for path, exc in missing:
-        backup.problem(os.path.basename(path) or path, "unreadable", exc.strerror or str(exc))
-    snapshot = backup.run(tags)
+    for attempt in range(_TRIES):
+        backup = _Backup(repository, found, name or own_name, exclude, full)
+        for path, exc in missing:
+            backup.problem(os.path.basename(path) or path, "unreadable", exc.strerror or str(exc))
+        try:
+            snapshot = backup.run(tags)
+            break
+        except Busy as exc:
+            if attempt == _TRIES - 1:
+                raise
+            repository.sink.event(Event("backup.again", f"The backup begins again: {exc.message}"))
+            repository.refresh()
     return BackupReport(
         snapshot=snapshot.id,
         name=snapshot.name,
@@ -138,7 +147,7 @@ class _Backup:
         self._parent_entries = repository.entries(self._parent) if self._parent else iter(())
         self._parent_entry: Entry | None = None
         self._parent_key = b""
-        self._trusted_before_ns = records.time_ns(self._parent.time) - _RACE_NS if self._parent else 0
+        self._trusted_before_ns = _time_ns(self._parent) - _RACE_NS if self._parent else 0
         self._met: set[tuple[int, int]] = set()
         self._names: dict[str, tuple[int, int]] = {}
         self._links: dict[tuple[int, int], str] = {}
@@ -326,6 +335,14 @@ class _Backup:
         if len(self.problems) < _PROBLEMS_NAMED_MAX:
             self.problems.append(Problem(text, kind, reason))
         self._repository.sink.event(Event(f"file.{kind}", f"{text}: {reason}", {"path": text}))
+
+
+def _time_ns(snapshot: Snapshot) -> int:
+    """When the work on it began; 0, so that nothing is trusted, where somebody's program wrote no time."""
+    try:
+        return records.time_ns(snapshot.time)
+    except ValueError:
+        return 0
 
 
 def _entry(found: Found, kind: records.EntryType, *, target: str = "", reason: str = "") -> Entry:

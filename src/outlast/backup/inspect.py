@@ -16,6 +16,7 @@ from outlast.records import Entry, Snapshot, path_order
 from outlast.repo import formats
 from outlast.repo.content import Content, RecentChunks
 from outlast.repo.formats import Tensor
+from outlast.repo.manifest import entry_problem
 from outlast.repo.repository import Repository
 
 _HEAD_BYTES = 16 << 10
@@ -151,7 +152,9 @@ def _heads(repository: Repository, entries: list[Entry]) -> dict[bytes, bytes]:
 
 def _may_hold_tensors(entry: Entry) -> bool:
     starts_with_hole = bool(entry.holes) and entry.holes[0][0] == 0
-    return entry.type == "file" and entry.size >= _MODEL_BYTES_MIN and bool(entry.chunks) and not starts_with_hole
+    if entry.type != "file" or entry.size < _MODEL_BYTES_MIN or not entry.chunks or starts_with_hole:
+        return False
+    return not entry_problem(entry)
 
 
 def _view(content: Content) -> FileView:

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 import msgspec
 
 from outlast.backup.folder import Folder, Metadata, exchange, remove_tree, sync_everything, sync_folder
-from outlast.backup.merge import merge
+from outlast.backup.merge import make_durable, merge
 from outlast.backup.restore_plan import (
     HASHING_THREADS,
     RestorePlan,
@@ -115,6 +115,10 @@ def execute(repository: Repository, plan: RestorePlan) -> RestoreReport:
             skipped = _without_content(repository, plan)
             if plan.is_building:
                 remove_tree(plan.staging)
+            if plan.mode == "merge":
+                make_durable(plan, plan.entries(repository), skipped)
+            # What is right may have been put there by a restore that was killed before it was durable.
+            sync_folder(os.path.dirname(plan.target))
         with suppress(FileNotFoundError):
             os.unlink(plan.marker)
     return RestoreReport(
@@ -192,7 +196,7 @@ def _foreign(path: bytes) -> Refused:
 
 
 def make_parents(path: bytes) -> None:
-    """Make a folder and those above it, durably."""
+    """Make a folder and those above it, durably; those that are there may have been made a moment ago."""
     missing = []
     while not os.path.lexists(path):
         missing.append(path)
@@ -201,6 +205,10 @@ def make_parents(path: bytes) -> None:
         with suppress(FileExistsError):
             os.mkdir(folder)
         sync_folder(os.path.dirname(folder))
+    while os.stat(path).st_dev == os.stat(above := os.path.dirname(path)).st_dev and above != path:
+        with suppress(PermissionError):  # closed to us: whoever made it there had to be able to sync it
+            sync_folder(above)
+        path = above
 
 
 def _finish_swap(repository: Repository, plan: RestorePlan, lock: int) -> bytes:
@@ -224,6 +232,7 @@ def _finish_swap(repository: Repository, plan: RestorePlan, lock: int) -> bytes:
     with suppress(FileNotFoundError):
         found = os.lstat(staging)
         if (found.st_dev, found.st_ino) == (journal.device, journal.inode):
+            sync_folder(os.path.dirname(staging))  # the swap may still be undone, and then this is the target
             taken = os.path.lexists(kept)
             kept_as = _clear_away(
                 repository, plan, staging, kept_name(plan.target, plan.stamp) if kept and taken else kept
@@ -279,10 +288,11 @@ def _rescue(repository: Repository, plan: RestorePlan) -> bytes:
 
 
 def _mark(plan: RestorePlan) -> None:
-    """Say that the staging folder is being built, see `RestorePlan.marker`."""
+    """Say, durably, that the staging folder is being built, see `RestorePlan.marker`."""
     with suppress(FileNotFoundError):
         os.unlink(plan.marker)
     os.close(os.open(plan.marker, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    sync_folder(os.path.dirname(plan.marker))
 
 
 def _clear_away(repository: Repository, plan: RestorePlan, old: bytes, kept_as: bytes) -> bytes:
@@ -310,9 +320,9 @@ def _clear_away(repository: Repository, plan: RestorePlan, old: bytes, kept_as: 
 def _put_away(old: bytes, kept_as: bytes) -> bytes:
     if kept_as:
         os.rename(old, kept_as)
-        sync_folder(os.path.dirname(old))
     else:
         remove_tree(old)
+    sync_folder(os.path.dirname(old))
     return kept_as
 
 

@@ -119,6 +119,17 @@ def kept_name(path: bytes, stamp: str) -> bytes:
     raise Refused(f"{shown(path)} has a million kept copies beside it already; nothing was changed.")
 
 
+def kept_already(path: bytes) -> bytes:
+    """The other name under which a restore that was killed has kept this very file; empty where there is none."""
+    found = os.lstat(path)
+    folder = os.path.dirname(path)
+    for name in os.listdir(folder) if found.st_nlink > 1 and not stat.S_ISDIR(found.st_mode) else ():
+        other = os.path.join(folder, name)
+        if is_kept_name(path, other) and os.path.samestat(os.lstat(other), found):
+            return other
+    return b""
+
+
 def is_kept_name(path: bytes, kept: bytes) -> bool:
     """Whether `kept_name` could have given `kept` for this path, at some time."""
     folder, _, name = path.rpartition(b"/")

@@ -13,7 +13,16 @@ import msgspec
 
 from outlast.backup.folder import sync_folder
 from outlast.backup.restore import RestoreReport, Skipped, exclusive, make_parents, translated
-from outlast.backup.restore_plan import beside, first_few, kept_name, real_target, selected, shown, stamp_text
+from outlast.backup.restore_plan import (
+    beside,
+    first_few,
+    kept_already,
+    kept_name,
+    real_target,
+    selected,
+    shown,
+    stamp_text,
+)
 from outlast.backup.staging import Meter
 from outlast.errors import Corrupt, InvalidInput, NotFound
 from outlast.records import Entry, Snapshot
@@ -78,8 +87,10 @@ def restore_tensors(
             try:
                 _write(temporary, header, chosen, meter, _mode(every))
                 if os.path.lexists(path) and not overwrite:
-                    kept = kept_name(path, stamp_text(repository.clock.now_ns()))
-                    _keep(path, kept)
+                    kept = kept_already(path)
+                    if not kept:
+                        kept = kept_name(path, stamp_text(repository.clock.now_ns()))
+                        _keep(path, kept)
                     stage.safe = f"What was there is kept as {shown(kept)}."
                 os.rename(temporary, path)
                 stage.safe = f"{shown(path)} is restored as a whole."

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache, partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import click
 
@@ -21,7 +21,6 @@ from outlast.errors import Cancelled, Corrupt, InvalidInput, OutlastError, Store
 
 if TYPE_CHECKING:
     from outlast.records import Snapshot
-    from outlast.repo.check import CheckReport
     from outlast.repo.repository import Repository
     from outlast.store.base import ObjectStore
 
@@ -159,16 +158,15 @@ class Call:
         warned = {**document, "warnings": self.warnings} if self.warnings else document
         self.printer.result(warned, lines, always=always)
 
-    def check(self, data: Literal["all", "none"] | float) -> CheckReport:
-        """Check the repository, however damaged it is."""
-        from outlast.repo.check import open_and_check
+    def connected(self) -> Repository:
+        """The repository with its log unread, however damaged that is."""
         from outlast.repo.repository import Repository
 
         store, secret = self.store(), self.secret()
         if self._is_secret_given():
             with suppress(WrongKey):  # it is encrypted, as it should be, and is opened just below
                 self._expected(Repository.connect(store))
-        return open_and_check(store, secret=secret, data=data, sink=self.printer)
+        return Repository.connect(store, secret=secret, sink=self.printer)
 
     def _expected(self, repository: Repository) -> Repository:
         from outlast import expect_encrypted

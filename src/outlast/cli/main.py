@@ -12,7 +12,7 @@ from itertools import takewhile
 import click
 
 from outlast import __version__
-from outlast.cli import doctor, look, protect
+from outlast.cli import checking, collect, copies, doctor, keys, look, protect, repository
 from outlast.cli.command import Group, Options, make_printer, tell, terminate
 
 
@@ -28,8 +28,14 @@ def app() -> None:
     """
 
 
-for command in (protect.init, protect.backup, protect.snapshots, look.show, look.diff, protect.restore, protect.check):
+for command in (protect.init, protect.backup, protect.snapshots, look.show, look.diff, protect.restore):
     app.add_command(command)
+app.add_command(checking.check)
+app.add_command(collect.forget)
+app.add_command(collect.prune)
+app.add_command(keys.key)
+app.add_command(copies.copy)
+app.add_command(repository.repo)
 app.add_command(doctor.doctor)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from outlast.errors import InvalidInput, WrongKey
 
 VARIABLE = "OUTLAST_PASSPHRASE"
+ADDED_VARIABLE = "OUTLAST_NEW_PASSPHRASE"
+FROM_VARIABLE = "OUTLAST_FROM_PASSPHRASE"
 
 Secret = Callable[[], bytes]
 
@@ -39,18 +42,53 @@ def new_secret(file: str | None, command: str | None) -> Secret:
     return secret
 
 
-def _given(file: str | None, command: str | None) -> Secret | None:
+def added_secret(file: str | None, command: str | None) -> Secret:
+    """One more passphrase for a repository; typed twice when it is typed."""
+    secret = _given(file, command, "--new-passphrase", ADDED_VARIABLE) or (_ask_twice if _at_terminal() else None)
+    if secret is None:
+        raise WrongKey(
+            "no new passphrase was given; nothing was changed.",
+            hint=f"Set {ADDED_VARIABLE}, or use --new-passphrase-file or --new-passphrase-command.",
+        )
+    return secret
+
+
+def source_secret(file: str | None, command: str | None) -> Secret:
+    """How to open the repository that is copied from, asked only if it is encrypted."""
+    from outlast import not_empty
+
+    secret = _given(file, command, "--from-passphrase", FROM_VARIABLE)
+    if secret is None and _at_terminal():
+        secret = partial(_ask, "Passphrase of the repository to copy from: ")
+    return not_empty(secret or _no_source_passphrase)
+
+
+def is_source_given(file: str | None, command: str | None) -> bool:
+    """Whether there is a passphrase of the repository that is copied from without asking for one."""
+    return file is not None or command is not None or FROM_VARIABLE in os.environ
+
+
+def _no_source_passphrase() -> bytes:
+    raise WrongKey(
+        "the repository to copy from is encrypted and no passphrase of it was given; nothing was touched.",
+        hint=f"Set {FROM_VARIABLE}, or use --from-passphrase-file or --from-passphrase-command.",
+    )
+
+
+def _given(
+    file: str | None, command: str | None, option: str = "--passphrase", variable: str = VARIABLE
+) -> Secret | None:
     if file is not None and command is not None:
         raise InvalidInput(
-            "--passphrase-file and --passphrase-command were both given; nothing was touched.",
+            f"{option}-file and {option}-command were both given; nothing was touched.",
             hint="Give one of them.",
         )
     if file is not None:
         return lambda: _from_file(file)
     if command is not None:
         return lambda: _from_command(command)
-    if VARIABLE in os.environ:
-        return lambda: os.fsencode(os.environ[VARIABLE])
+    if variable in os.environ:
+        return lambda: os.fsencode(os.environ[variable])
     return None
 
 
@@ -61,7 +99,7 @@ def _from_file(path: str) -> bytes:
     except OSError as exc:
         raise WrongKey(
             f"the passphrase file {path} can't be read: {exc.strerror}. Nothing was touched.",
-            hint="Give --passphrase-file a file that you may read.",
+            hint="Give a file that you may read.",
         ) from exc
 
 
@@ -81,7 +119,7 @@ def _from_command(command: str) -> bytes:
     except OSError as exc:
         raise WrongKey(
             f"the passphrase command {words[0]} can't be run: {exc.strerror}. Nothing was touched.",
-            hint="Give --passphrase-command a program and its arguments; for a pipe, write sh -c '…'.",
+            hint="Give a program and its arguments; for a pipe, write sh -c '…'.",
         ) from exc
     if ran.returncode:
         raise WrongKey(

@@ -1,4 +1,4 @@
-"""The commands that keep data and bring it back: init, backup, snapshots, restore, check."""
+"""The commands that keep data and bring it back: init, backup, snapshots, restore."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from outlast.backup.restore import RestoreReport
     from outlast.backup.restore_plan import Action, RestorePlan
     from outlast.records import Snapshot
-    from outlast.repo.check import CheckReport
     from outlast.repo.repository import Repository
 
 _FILES_SHOWN = 10
@@ -51,7 +50,13 @@ _tag_option = click.option("--tag", multiple=True, metavar="KEY=VALUE", help="A 
     show_default=True,
     help="auto compresses what gains from it, floats by byte planes.",
 )
-def init(call: Call, encrypt: bool, compression: str) -> None:
+@click.option(
+    "--lock-days",
+    type=click.IntRange(min=1, max=36_500),
+    metavar="N",
+    help="Let nobody delete what is stored for N days after it was (S3 buckets with Object Lock).",
+)
+def init(call: Call, encrypt: bool, compression: str, lock_days: int | None) -> None:
     """Make a repository at --repo."""
     from outlast.repo.repository import Repository
 
@@ -68,16 +73,20 @@ def init(call: Call, encrypt: bool, compression: str) -> None:
     store = call.store()
     secret = new_secret(file, command) if encrypt else None
     kind = cast(Literal["auto", "none", "zstd"], compression)
-    made = Repository.create(store, secret=secret, compression=kind, sink=call.printer)
+    made = Repository.create(store, secret=secret, compression=kind, lock_days=lock_days or 0, sink=call.printer)
     document = {
         "repository": made.format.id,
         "url": store.url,
         "version": made.format.version,
         "encrypted": encrypt,
         "compression": compression,
+        "lock_days": lock_days or 0,
     }
     sealed = "encrypted; without the passphrase nobody can read it, you neither" if encrypt else "not encrypted"
-    call.printer.result(document, [f"Made a repository at {printable(store.url)} ({sealed})."])
+    lines = [f"Made a repository at {printable(store.url)} ({sealed})."]
+    if lock_days:
+        lines.append(f"Each object is locked: until {count_text(lock_days, 'day')} after, nobody can delete it.")
+    call.printer.result(document, lines)
 
 
 @click.command(
@@ -132,7 +141,7 @@ def snapshots(call: Call, name: str | None, tag: Sequence[str]) -> int:
     """List the snapshots, oldest first."""
     tags = _tags(tag)
     repository = call.readable_repository()
-    every = repository.snapshots()
+    every = sorted(repository.snapshots(), key=lambda snapshot: snapshot.time)
     named = [snapshot for snapshot in every if name is None or snapshot.name == name]
     if every and not named:
         try:
@@ -315,75 +324,6 @@ def _plan_lines(plan: RestorePlan, actions: list[Action]) -> Iterator[str]:
         yield f"What is there now would be kept as {path_shown(path_text(plan.kept_as))}."
     if plan.mode == "merge" and not plan.overwrite and not plan.unchanged:
         yield "Files that are replaced would be kept beside the new ones, as NAME.before-<time>."
-
-
-@click.command(cls=Command, codes=(10, 12, 20, 21))
-@click.option(
-    "--data",
-    metavar="all|none|N%",
-    default="none",
-    show_default=True,
-    help="How much of the stored data to read besides the structure.",
-)
-def check(call: Call, data: str) -> int:
-    """Verify the repository, and name what is damaged and which snapshots and files need it."""
-    import msgspec
-
-    share = _share(data)
-    report = call.check(share)
-    call.printer.result(msgspec.to_builtins(report), _check_lines(report, share), always=not report.ok)
-    return 0 if report.ok else CORRUPT
-
-
-def _check_lines(report: CheckReport, share: Literal["all", "none"] | float) -> Iterator[str]:
-    for damage in report.damaged:
-        yield f"Damaged: {printable(damage.object)}: {printable(damage.problem)}"
-        if damage.snapshots:
-            yield f"  snapshots: {_some([short_id(each) for each in damage.snapshots])}"
-        if damage.files:
-            yield f"  files: {_some([path_shown(each) for each in damage.files])}"
-    what = (
-        f"{count_text(report.snapshots, 'snapshot')}, {count_text(report.packs, 'pack')}, "
-        f"{count_text(report.chunks, 'chunk')}; {size_text(report.bytes_read)} read in {duration_text(report.seconds)}"
-    )
-    if report.unreferenced_packs:
-        unnamed = f"{count_text(report.unreferenced_packs, 'pack')} ({size_text(report.unreferenced_bytes)})"
-        verb = "belongs" if report.unreferenced_packs == 1 else "belong"
-        yield f"{unnamed} {verb} to no commit: a backup was cut short or is running, or log entries are missing."
-    if not report.ok:
-        yield f"{count_text(len(report.damaged), 'object')} damaged. Checked {what}."
-    else:
-        yield f"No damage found. Checked {what}."
-    if share not in ("all", 1.0):
-        unread = "was not read" if share == "none" else "was read only in part"
-        yield f"The stored data itself {unread}: `outlast check --data all` reads every byte."
-    elif not report.ok:
-        yield "Everything not named above is whole and can be restored."
-    if any(damage.object.startswith("packs/") for damage in report.damaged):
-        yield (
-            "To heal what the source still has: `outlast backup --full PATH` reads the packs and stores "
-            "damaged chunks again."
-        )
-
-
-def _some(items: list[str]) -> str:
-    more = f" and {len(items) - _FILES_SHOWN:,} more" if len(items) > _FILES_SHOWN else ""
-    return ", ".join(items[:_FILES_SHOWN]) + more
-
-
-def _share(text: str) -> Literal["all", "none"] | float:
-    if text == "all" or text == "none":
-        return cast(Literal["all", "none"], text)
-    try:
-        share = float(text.removesuffix("%")) / 100 if text.endswith("%") else -1.0
-    except ValueError:
-        share = -1.0
-    if not 0 < share <= 1:
-        raise InvalidInput(
-            f"--data {text!r} can't be understood; nothing was read.",
-            hint="Write all, none or a percentage such as 10%.",
-        )
-    return share
 
 
 def _tags(given: Sequence[str]) -> dict[str, str]:

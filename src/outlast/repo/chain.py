@@ -41,6 +41,8 @@ class _Link(msgspec.Struct):
     hash: str = ""
     entry: LogEntry | None = None
     problem: str = ""
+    epoch: int = 0
+    """of the data key that it is sealed with; 0 where it isn't"""
 
 
 def walk(store: ObjectStore, log: Log) -> Walk:
@@ -50,8 +52,9 @@ def walk(store: ObjectStore, log: Log) -> Walk:
     the one after it to this one. A state object that is whole stands in for lost entries before it.
     """
     found = Walk(State(0, log.anchor), [])
-    links = _read_links(store, log)
+    # First the states: each is written after its entry, so what is listed here has an entry below.
     states = {info.name: info.size_bytes for info in store.list("state/")}
+    links = _read_links(store, log)
     before: _Link | None = _Link(0, log.anchor)
     for number, link in enumerate(links):
         after = links[number + 1] if number + 1 < len(links) else None
@@ -88,6 +91,7 @@ def _read_links(store: ObjectStore, log: Log) -> list[_Link]:
         link = _Link(seq, seal.digest(data).hex())
         try:
             link.entry = log.parse(data, seq)
+            link.epoch = seal.sealed_epoch(data) if log.encrypted else 0
         except Corrupt as exc:
             link.problem = exc.message
         links.append(link)
@@ -103,6 +107,9 @@ def _note_gap(found: Walk, first: int, last: int) -> None:
 def _problem(link: _Link, before: _Link | None, after: _Link | None, found: Walk) -> str:
     """Why the entry is not sound, or "" after folding it. A broken link between sound ones is noted too."""
     if link.entry is None:
+        return link.problem
+    if link.epoch not in (0, found.state.epoch) and not found.lost:
+        link.problem = f"log entry {link.seq} is sealed with data key epoch {link.epoch}, not {found.state.epoch}."
         return link.problem
     follows = None if before is None or before.problem else before.hash == link.entry.prev_hash
     confirmed = None
@@ -129,7 +136,9 @@ def _compare_state(log: Log, name: str, size_bytes: int, found: Walk) -> None:
         if size_bytes > STATE_BYTES_MAX:
             raise Corrupt(f"{name} is far too large to be a state.")
         state = log.read_state(name)
-    except (Corrupt, NotFound) as exc:
+    except NotFound:
+        return  # a prune has deleted it since it was listed
+    except Corrupt as exc:
         found.damage.append(LogDamage(name, f"{exc.message} It can't be used, but {_DERIVED}."))
         return
     if found.lost:

@@ -6,39 +6,43 @@ that hash is byte for byte what was written, and writing decodes whatever a code
 compares it before it counts as stored. Hashing each stored byte once therefore proves that it can be
 restored, at the speed of reading, and without keys.
 
-Checking changes nothing. Packs that the log doesn't name are leftovers of unfinished work, no
-damage, unless there is no log at all.
+Only live packs are verified. Of those that are condemned or quarantined it is only read what they
+hold: a chunk counts as lost where a snapshot needs it and no pack at all gives it. Packs that the
+log doesn't name are leftovers of unfinished work, no damage, unless there is no log at all.
+
+Others may work on the repository meanwhile. Where damage was found, and something was forgotten or
+given up since the log was read, that may be all there is to it: then everything is looked at again.
+
+Checking changes nothing, but for one log entry that says which packs were read whole and are sound:
+the next check of a part of the data takes those that were not verified for longest.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from itertools import islice
-from typing import Literal
+from typing import Any
 
 import msgspec
 
+from outlast import records
 from outlast.clock import SYSTEM_CLOCK, Clock
-from outlast.errors import Corrupt, InvalidInput, NotFound, OutlastError
-from outlast.events import NULL_SINK, EventSink, Progress
-from outlast.records import PackRef
-from outlast.repo import chain, pack, seal
+from outlast.errors import Corrupt, NotFound, OutlastError, WrongKey
+from outlast.events import NULL_SINK, Event, EventSink
+from outlast.repo import chain, seal
 from outlast.repo.form import OBJECT_BYTES_MAX
 from outlast.repo.index import Index, footer_rows, indexed_pack, read_segment
 from outlast.repo.keyring import Secret, read_slot
-from outlast.repo.pack import Footer, object_name
-from outlast.repo.references import Findings, References
+from outlast.repo.log import entry_name
+from outlast.repo.pack import object_name
+from outlast.repo.references import Findings, Needs, References
 from outlast.repo.repository import SEGMENT_BYTES_MAX, Repository
+from outlast.repo.scrub import Checked, Data, Scrub, Task, choose, refuse_senseless, why
+from outlast.repo.state import FORGET, KEY, QUARANTINE, SWEEP, VERIFIED, State
 from outlast.store.base import ObjectStore
 
-RANGE_BYTES = 8 << 20
-_PROGRESS_SECONDS = 0.1
+_LOOKS = 4
+_NAMES_MAX = 100_000
+_MISSING_KEY = "It is missing: its passphrase opens nothing any more. If that is right, `outlast key remove` it."
 _DERIVED = "It is derived from the packs and costs nothing: delete it, and it is made again when it is due."
-
-Data = Literal["all", "none"] | float
-"""How much of the packs' payloads to read: all, none, or a fraction of their bytes, chosen at random"""
 
 
 class Damage(msgspec.Struct):
@@ -54,39 +58,52 @@ class Damage(msgspec.Struct):
 
 
 class CheckReport(msgspec.Struct):
-    """What was checked. `ok`: nothing was damaged. `bytes_read`: of packs.
-
-    `unreferenced_packs`: those that no entry of the log names, as a backup that was cut short leaves
-    them, and one that is running makes them.
-    """
+    """What was checked. `ok`: nothing was damaged. `packs`, `chunks`, `bytes`: of live packs."""
 
     ok: bool
     snapshots: int
     packs: int
     chunks: int
     bytes_read: int
+    """of packs, now"""
     damaged: list[Damage]
     seconds: float
     unreferenced_packs: int = 0
+    """objects that no entry of the log names, as a backup that was cut short leaves them, and one that runs"""
     unreferenced_bytes: int = 0
+    condemned_packs: int = 0
+    condemned_bytes: int = 0
+    quarantined_packs: int = 0
+    quarantined_bytes: int = 0
+    bytes: int = 0
+    packs_unread: int = 0
+    """live packs of which not every byte was read now"""
+    bytes_verified: int = 0
+    """of live packs whose every byte was read and right, now or in an earlier check"""
+    verified_since: str = ""
+    """the longest ago that any of these was last read, RFC 3339"""
+    recorded: bool = False
+    """the log now says which packs were read and are sound"""
+    keyless: bool = False
+    """without the passphrase: see `not_checked`"""
+    not_checked: list[str] = []
+    """sentences: what could not be checked"""
 
 
-def check(repository: Repository, *, data: Data = "none") -> CheckReport:
+def check(repository: Repository, *, data: Data = "none", max_seconds: float | None = None) -> CheckReport:
     """Verify everything but payloads, and of those as much as `data` says; see the module.
 
+    A part of the data is that which was not verified for longest. After `max_seconds` no more payloads
+    are begun. The repository may be one that was only connected to, with a log too damaged to open.
     Raises only when checking itself is impossible (`Unavailable`, `InvalidInput`): damage is reported.
     """
     started = repository.clock.monotonic_seconds()
-    # A view of its own: what the caller's repository has cached must not vouch for the store.
-    view = Repository(
-        repository.store,
-        repository.format,
-        repository.keys,
-        repository.log.anchor,
-        repository.clock,
-        repository.sink,
-    )
-    return _Check(view, data).run(started)
+    checker = Checker(repository, data, max_seconds)
+    found = checker.look()
+    found.report.recorded = checker.record(found)
+    checker.date(found)
+    found.report.seconds = repository.clock.monotonic_seconds() - started
+    return found.report
 
 
 def open_and_check(
@@ -101,65 +118,222 @@ def open_and_check(
 
     Raises as `open` does, but `Corrupt` only when `format` or every key is damaged.
     """
-    started = clock.monotonic_seconds()
-    return _Check(Repository.connect(store, secret=secret, clock=clock, sink=sink), data).run(started)
+    return check(Repository.connect(store, secret=secret, clock=clock, sink=sink), data=data)
 
 
-class _Checked(msgspec.Struct):
-    """What came of one pack. `bad`: chunks whose stored bytes are not those that were written."""
+class Examined(msgspec.Struct):
+    """What one look found: the report, and what a repair must know. `view`: the repository as it was seen."""
 
-    ref: PackRef
-    footer: Footer | None = None
-    problems: list[str] = []
-    bad: list[bytes] = []
+    report: CheckReport
+    view: Repository
+    log_is_whole: bool
+    damaged_packs: set[str]
+    """live ones"""
+    damaged_derived: list[str]
+    """objects"""
+    covered: set[str]
+    """packs that a sound index segment tells of"""
+    bad: dict[bytes, set[str]]
+    """chunk -> live packs in which it is damaged"""
+    needs: Needs
 
 
-class _Check:
-    def __init__(self, view: Repository, data: Data) -> None:
-        if data not in ("all", "none") and not (isinstance(data, float | int) and 0 <= data <= 1):
-            raise InvalidInput(f"{data!r} is not an amount of data to check.", hint="Say all, none or a part, as 5%.")
-        self._view = view
+class _NothingLeft(Exception):
+    """All that was to be committed has become untrue."""
+
+
+class Checker:
+    """Looks at a repository, again if need be; payloads that were found sound are not read twice."""
+
+    def __init__(
+        self, repository: Repository, data: Data, max_seconds: float | None = None, *, for_repair: bool = False
+    ) -> None:
+        refuse_senseless(data, max_seconds)
+        self._repository = repository
         self._data = data
+        self._for_repair = for_repair
+        self._scrub = Scrub(repository.store, repository.clock, repository.sink, max_seconds)
+        self._chosen: set[str] | None = None
+        self._read: set[str] = set()
+        self._proven: set[str] = set()
+        self._found_bad: dict[str, Checked] = {}
+
+    def look(self) -> Examined:
+        """Once, or more often while others forget and prune. Raises as `check` does."""
+        for _ in range(_LOOKS - 1):
+            look = _Look(self._fresh())
+            found = self._finish(look)
+            if found.report.ok or not _may_be_outdated(look):
+                return found
+        return self._finish(_Look(self._fresh()))
+
+    def _fresh(self) -> Repository:
+        """A view of its own: what the caller's repository has cached must not vouch for the store."""
+        base = self._repository
+        return Repository(base.store, base.format, base.keys, base.log.anchor, base.clock, base.sink)
+
+    def _finish(self, look: _Look) -> Examined:
+        look.read_log()
+        tasks = self._tasks(look)
+        for name in self._found_bad.keys() & look.view.state.packs.keys():
+            look.take(self._found_bad[name])
+        for checked in self._scrub.run(tasks):
+            look.take(checked)
+            if checked.read_whole:
+                self._read.add(checked.ref.name)
+                if checked.problems:
+                    self._found_bad[checked.ref.name] = checked
+                else:
+                    self._proven.add(checked.ref.name)
+        found = look.end(collect=self._for_repair)
+        found.report.bytes_read = self._scrub.bytes_read
+        found.report.packs_unread = len(look.good - self._read)
+        return found
+
+    def _tasks(self, look: _Look) -> list[Task]:
+        """Those whose data is to be read come first, of them those not verified for longest."""
+        state, sizes, random_bytes = look.view.state, look.sizes, self._repository.clock.random_bytes
+        refs = sorted(state.packs.values(), key=lambda ref: (state.verified.get(ref.name, ""), random_bytes(8)))
+        chosen = self._chosen
+        if chosen is None or self._data == "all":
+            chosen = self._chosen = {ref.name for ref in choose(refs, self._data)}
+        wanted = chosen - self._proven
+        refs = [ref for ref in refs if ref.name not in self._found_bad]
+        refs.sort(key=lambda ref: ref.name not in wanted)
+        refs += [ref for name, ref in state.readable_packs().items() if name not in state.packs]
+        return [Task(ref, sizes.get(object_name(ref.name)), ref.name in wanted) for ref in refs]
+
+    def record(self, found: Examined) -> bool:
+        """Commit which packs were read whole and are sound. Not being able to is no failure."""
+        names = sorted(self._proven)
+        if not names or not found.log_is_whole:
+            return False
+        try:
+            for at in range(0, len(names), _NAMES_MAX):
+                _record(found.view, names[at : at + _NAMES_MAX])
+        except _NothingLeft:
+            return False
+        except OutlastError as exc:
+            what = "what was verified could not be recorded, so the next check doesn't know of it"
+            self._repository.sink.event(Event("check.not_written", f"{what}: {exc.message}"))
+            return False
+        return True
+
+    def date(self, found: Examined) -> None:
+        """Say in the report how much was verified, and since when."""
+        state, report = found.view.state, found.report
+        now = records.time_text(self._repository.clock.now_ns())
+        times = {**state.verified, **dict.fromkeys(self._proven, now)}
+        sound = [name for name in state.packs if name in times and name not in found.damaged_packs]
+        report.bytes_verified = sum(state.packs[name].bytes for name in sound)
+        report.verified_since = min((times[name] for name in sound), default="")
+
+
+def _record(view: Repository, names: list[str]) -> None:
+    def body(state: State) -> dict[str, Any]:
+        live = [name for name in names if name in state.packs]
+        if not live:
+            raise _NothingLeft
+        return {"packs": live}
+
+    view.log.append(VERIFIED, body)
+
+
+def _may_be_outdated(look: _Look) -> bool:
+    """Whether since the log was read something was forgotten or given up."""
+    seq = look.seq
+    try:
+        while True:
+            seq += 1
+            entry = look.view.log.parse(look.view.store.get(entry_name(seq)), seq)
+            if entry.kind in (FORGET, SWEEP, QUARANTINE, KEY):
+                return True
+    except (NotFound, Corrupt, WrongKey):
+        return False
+
+
+class _Look:
+    """One pass over everything."""
+
+    def __init__(self, view: Repository) -> None:
+        self.view = view
+        self.sizes: dict[str, int] = {}
+        self.seq = 0
+        self.good: set[str] = set()
+        """live packs whose footers are sound"""
         self._findings = Findings()
+        self._slots: set[str] = set()
+        self._log_is_whole = True
         self._index = Index()
         self._rows: dict[str, bytes] = {}
+        self._damaged: set[str] = set()
+        self._bad: dict[bytes, set[str]] = {}
+        self._covered: set[str] = set()
         self._chunks = 0
-        self._bytes_read = 0
-        self._unreferenced_packs = 0
-        self._unreferenced_bytes = 0
-        self._progress = _Throttle(view)
 
-    def run(self, started: float) -> CheckReport:
-        view = self._view
+    def read_log(self) -> None:
+        """And all else that decides what to look at."""
+        view = self.view
         self._check_format_and_keys()
         found = chain.walk(view.store, view.log)
         for damage in found.damage:
-            self._findings.problem(damage.object, damage.problem)
-        sizes = {info.name: info.size_bytes for info in view.store.list("packs/")}
-        self._count_unreferenced(found, sizes)
+            if damage.object.startswith("state/"):
+                self._derived_problem(damage.object, damage.problem, found.state)
+            else:
+                self._findings.problem(damage.object, damage.problem)
+                self._log_is_whole = False
+        self.sizes = {info.name: info.size_bytes for info in view.store.list("packs/")}
         view.adopt(found)
-        good, bad = self._check_packs(sizes)
+        self.seq = view.state.seq
+        for slot, epoch in view.state.slots.items():
+            if epoch and self._log_is_whole and not self._has_slot(f"keys/{slot}"):
+                self._findings.problem(f"keys/{slot}", _MISSING_KEY)
+
+    def _derived_problem(self, name: str, problem: str, state: State) -> None:
+        if name not in state.ignored:
+            self._findings.problem(name, problem)
+
+    def end(self, *, collect: bool) -> Examined:
+        view, findings = self.view, self._findings
+        state = view.state
         self._index.sort()
-        self._check_segments(good)
+        self._check_segments()
         view.use_index(self._index)
-        References(view, self._findings, good, bad).walk()
-        damaged = [self._damage(name) for name in self._findings.problems]
-        return CheckReport(
-            ok=not damaged,
-            snapshots=len(view.state.snapshots),
-            packs=len(view.state.packs),
-            chunks=self._chunks,
-            bytes_read=self._bytes_read,
-            damaged=damaged,
-            seconds=view.clock.monotonic_seconds() - started,
-            unreferenced_packs=self._unreferenced_packs,
-            unreferenced_bytes=self._unreferenced_bytes,
+        references = References(
+            view, findings, sound=self.good - self._damaged, good=self.good, bad=self._bad, collect=collect
+        )
+        references.walk()
+        return Examined(
+            self._report(state),
+            view,
+            self._log_is_whole,
+            self._damaged,
+            [name for name in findings.problems if name.startswith(("index/", "state/"))],
+            self._covered,
+            self._bad,
+            references.needs,
         )
 
-    def _count_unreferenced(self, found: chain.Walk, sizes: dict[str, int]) -> None:
-        named = {object_name(name) for name in found.state.packs}
-        unnamed = [size_bytes for name, size_bytes in sizes.items() if name not in named]
-        self._unreferenced_packs, self._unreferenced_bytes = len(unnamed), sum(unnamed)
+    def _report(self, state: State) -> CheckReport:
+        damaged = [self._damage(name) for name in self._findings.problems]
+        named = {object_name(name) for name in state.readable_packs()}
+        unnamed = [size_bytes for name, size_bytes in self.sizes.items() if name not in named]
+        return CheckReport(
+            ok=not damaged,
+            snapshots=len(state.snapshots),
+            packs=len(state.packs),
+            chunks=self._chunks,
+            bytes_read=0,
+            damaged=damaged,
+            seconds=0.0,
+            unreferenced_packs=len(unnamed),
+            unreferenced_bytes=sum(unnamed),
+            condemned_packs=len(state.condemned),
+            condemned_bytes=sum(each.bytes for each in state.condemned.values()),
+            quarantined_packs=len(state.quarantined),
+            quarantined_bytes=sum(each.bytes for each in state.quarantined.values()),
+            bytes=sum(each.bytes for each in state.packs.values()),
+        )
 
     def _damage(self, name: str) -> Damage:
         findings = self._findings
@@ -170,141 +344,58 @@ class _Check:
         return Damage(name, problem, list(findings.snapshots.get(name, ())), files)
 
     def _check_format_and_keys(self) -> None:
-        view = self._view
+        view = self.view
         try:
             if view.store.stat("format").size_bytes > OBJECT_BYTES_MAX:
                 self._findings.problem("format", "It is far too large.")
             elif seal.digest(view.store.get("format")).hex() != view.log.anchor:
                 self._findings.problem("format", "format is not what it was when the repository was opened.")
         except OutlastError as exc:
-            self._findings.problem("format", self._why(exc))
+            self._findings.problem("format", why(view.store, exc))
         for info in view.store.list("keys/"):
+            self._slots.add(info.name)
             try:
                 read_slot(view.store, info)
+            except NotFound:
+                continue  # removed since it was listed
             except OutlastError as exc:
-                self._findings.problem(info.name, f"{self._why(exc)} No passphrase opens it any more.")
+                self._findings.problem(info.name, f"{why(view.store, exc)} No passphrase opens it any more.")
 
-    def _why(self, exc: OutlastError) -> str:
-        """A sentence on why an object can't be had. When it is the whole store that is away, raise instead."""
-        if isinstance(exc, NotFound):
-            return "It is missing."
-        if not isinstance(exc, Corrupt):
-            self._view.store.stat("format")
-        return exc.message
+    def _has_slot(self, name: str) -> bool:
+        """A slot that came since they were listed is there too."""
+        try:
+            return name in self._slots or bool(self.view.store.stat(name).size_bytes)
+        except NotFound:
+            return False
 
     # -- packs -----------------------------------------------------------------------------------
 
-    def _check_packs(self, sizes: dict[str, int]) -> tuple[set[str], dict[bytes, set[str]]]:
-        """(packs whose footer is sound, damaged chunk -> the packs in which it is damaged)"""
-        view = self._view
-        refs = list(view.state.packs.values())
-        full = self._chosen(refs)
-        self._progress.total(sum(ref.bytes for ref in refs if ref.name in full), len(refs))
-        good: set[str] = set()
-        bad: dict[bytes, set[str]] = {}
-        workers = max(2, min(8, view.store.capabilities.concurrency))
-        tasks = ((ref, sizes.get(object_name(ref.name)), ref.name in full) for ref in refs)
-        with ThreadPoolExecutor(workers, thread_name_prefix="check") as pool:
-            pending: set[Future[_Checked]] = {
-                pool.submit(self._check_pack, *task) for task in islice(tasks, 2 * workers)
-            }
-            try:
-                while pending:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        self._take(future.result(), good, bad)
-                    pending |= {pool.submit(self._check_pack, *task) for task in islice(tasks, len(done))}
-            finally:
-                for future in pending:
-                    future.cancel()
-        self._bytes_read = self._progress.bytes_read
-        return good, bad
+    def take(self, checked: Checked) -> None:
+        """What came of a pack."""
+        name = checked.ref.name
+        if name in self.view.state.packs:
+            self._take_live(checked)
+        if checked.footer is not None:
+            self._index.add([checked.footer])
+            rows = seal.digest(footer_rows(checked.footer).tobytes())
+            self._rows[name] = rows + msgspec.json.encode(indexed_pack(checked.footer))
 
-    def _chosen(self, refs: list[PackRef]) -> set[str]:
-        if self._data == "all":
-            return {ref.name for ref in refs}
-        if self._data == "none":
-            return set()
-        wanted = float(self._data) * sum(ref.bytes for ref in refs)
-        chosen: set[str] = set()
-        for ref in sorted(refs, key=lambda _: self._view.clock.random_bytes(8)):
-            if wanted <= 0:
-                break
-            chosen.add(ref.name)
-            wanted -= ref.bytes
-        return chosen
-
-    def _take(self, checked: _Checked, good: set[str], bad: dict[bytes, set[str]]) -> None:
+    def _take_live(self, checked: Checked) -> None:
         name = checked.ref.name
         for problem in checked.problems:
             self._findings.problem(object_name(name), problem)
+            self._damaged.add(name)
         for chunk in checked.bad:
-            bad.setdefault(chunk, set()).add(name)
+            self._bad.setdefault(chunk, set()).add(name)
         if checked.footer is not None:
-            good.add(name)
-            self._index.add([checked.footer])
+            self.good.add(name)
             self._chunks += len(checked.footer.records)
-            rows = seal.digest(footer_rows(checked.footer).tobytes())
-            self._rows[name] = rows + msgspec.json.encode(indexed_pack(checked.footer))
-        self._progress.add(packs=1)
-
-    def _check_pack(self, ref: PackRef, size: int | None, full: bool) -> _Checked:
-        checked = _Checked(ref)
-        name = object_name(ref.name)
-        try:
-            if size is None:
-                size = self._view.store.stat(name).size_bytes
-            if size != ref.bytes:
-                checked.problems.append(f"It has {size} bytes instead of {ref.bytes}.")
-            checked.footer = self._read_ends(ref, checked)
-        except OutlastError as exc:
-            checked.problems.append(self._why(exc))
-            return checked
-        if full:
-            for start, end, parts in _ranges(checked.footer, ref.bytes):
-                self._check_range(name, start, end, parts, checked)
-            if checked.bad:
-                count = len(checked.footer.records)
-                checked.problems.append(f"{len(checked.bad)} of its {count} chunks are damaged.")
-        return checked
-
-    def _read_ends(self, ref: PackRef, checked: _Checked) -> Footer:
-        name = object_name(ref.name)
-        guess = min(ref.bytes, ref.chunks * pack.RECORD.itemsize + pack.TRAILER.size)
-        head_bytes = min(ref.bytes, pack.HEADER.size)
-        head, tail = self._view.store.get_ranges(name, [(0, head_bytes), (ref.bytes - guess, guess)])
-        needed = pack.footer_bytes(tail, ref.name, ref.bytes)
-        if needed > len(tail):
-            [tail] = self._view.store.get_ranges(name, [(ref.bytes - needed, needed)])
-        footer = pack.parse_footer(tail, ref.name, ref.bytes)
-        self._progress.add(head_bytes + needed)
-        if head != tail[-pack.TRAILER.size :][: pack.HEADER.size]:
-            checked.problems.append("Its header is damaged; the footer has a copy, so no chunk is affected.")
-        return footer
-
-    def _check_range(self, name: str, start: int, end: int, parts: list[_Part], checked: _Checked) -> None:
-        assert checked.footer is not None
-        records = checked.footer.records
-        try:
-            [data] = self._view.store.get_ranges(name, [(start, end - start)])
-        except OutlastError as exc:
-            checked.problems.append(self._why(exc))
-            checked.bad += [records["id"][row].tobytes() for _, _, row in parts if row >= 0]
-            return
-        view = memoryview(data)
-        for offset, length, row in parts:
-            found = view[offset - start : offset - start + length]
-            if row < 0:
-                if found != bytes(length):
-                    checked.problems.append(f"The padding at offset {offset} is not zero; no chunk is affected.")
-            elif seal.digest(found) != records["stored_hash"][row].tobytes():
-                checked.bad.append(records["id"][row].tobytes())
-        self._progress.add(end - start)
 
     # -- derived objects -------------------------------------------------------------------------
 
-    def _check_segments(self, good: set[str]) -> None:
-        view = self._view
+    def _check_segments(self) -> None:
+        view = self.view
+        readable = view.state.readable_packs()
         for info in view.store.list("index/"):
             name = info.name.removeprefix("index/")
             try:
@@ -312,67 +403,23 @@ class _Check:
                     raise Corrupt("It is far too large to be an index segment.")
                 data = view.store.get(info.name)
                 packs, rows = read_segment(data, name, view.keys)
+            except NotFound:
+                continue  # a prune has merged it into another since it was listed
             except OutlastError as exc:
-                self._findings.problem(info.name, f"{self._why(exc)} {_DERIVED}")
+                self._derived_problem(info.name, f"{why(view.store, exc)} {_DERIVED}", view.state)
                 continue
+            agrees = True
             for number, listed in enumerate(packs):
                 own = rows[rows["pack"] == number]
                 own["pack"] = 0
                 found = seal.digest(own.tobytes()) + msgspec.json.encode(listed)
                 if self._rows.get(listed.name, found) != found:
+                    agrees = False
                     what = f"It disagrees with the footer of pack {listed.name[:16]}."
-                    self._findings.problem(info.name, f"{what} {_DERIVED}")
-            if any(listed.name not in good and listed.name in view.state.packs for listed in packs):
+                    self._derived_problem(info.name, f"{what} {_DERIVED}", view.state)
+            if agrees:
+                self._covered.update(listed.name for listed in packs)
+            if any(listed.name not in self._rows and listed.name in readable for listed in packs):
                 # Of a pack with a damaged footer the segment still says what is in it.
-                self._index.add_segment(data, name, view.keys)
+                self._index.add_segment(data, name, view.keys, readable)
         self._index.sort()
-
-
-_Part = tuple[int, int, int]
-"""(offset, length, number of the record or -1 for padding)"""
-
-
-def _ranges(footer: Footer, size: int) -> Iterator[tuple[int, int, list[_Part]]]:
-    """(start, end, parts): everything between header and table, in reads of about `RANGE_BYTES`."""
-    offsets, lengths = footer.records["offset"].tolist(), footer.records["stored"].tolist()
-    parts: list[_Part] = [
-        (offset, length, row) for row, (offset, length) in enumerate(zip(offsets, lengths, strict=True))
-    ]
-    for offset, length in pack.gaps(footer, size):
-        for at in range(offset, offset + length, RANGE_BYTES):
-            parts.append((at, min(RANGE_BYTES, offset + length - at), -1))
-    parts.sort()
-    first = 0
-    for number, (offset, length, _) in enumerate(parts):
-        if number + 1 == len(parts) or parts[number + 1][0] + parts[number + 1][1] - parts[first][0] > RANGE_BYTES:
-            yield parts[first][0], offset + length, parts[first : number + 1]
-            first = number + 1
-
-
-class _Throttle:
-    """Progress, told at most ten times a second, from any thread."""
-
-    def __init__(self, view: Repository) -> None:
-        self._view = view
-        self._lock = threading.Lock()
-        self._last_seconds = view.clock.monotonic_seconds()
-        self._total_bytes = 0
-        self._total_packs = 0
-        self._packs = 0
-        self.bytes_read = 0
-
-    def total(self, total_bytes: int, packs: int) -> None:
-        self._total_bytes, self._total_packs = total_bytes, packs
-
-    def add(self, bytes_read: int = 0, packs: int = 0) -> None:
-        with self._lock:
-            self.bytes_read += bytes_read
-            self._packs += packs
-            now = self._view.clock.monotonic_seconds()
-            last = packs and self._packs == self._total_packs
-            if now - self._last_seconds < _PROGRESS_SECONDS and not last:
-                return
-            self._last_seconds = now
-            done = min(self.bytes_read, self._total_bytes)
-            packs_done = self._packs
-        self._view.sink.progress(Progress("check", done, self._total_bytes, packs_done, self._total_packs))

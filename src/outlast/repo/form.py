@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
+
 import msgspec
 
 from outlast import records
@@ -9,6 +12,7 @@ from outlast.errors import Corrupt, Exists, InvalidInput, NotFound, Refused
 from outlast.records import FORMAT_VERSION, Format
 from outlast.repo import pack
 from outlast.store.base import ObjectStore
+from outlast.store.lock import LOCK_DAYS_MAX
 
 FEATURES: list[str] = []
 """Mandatory features this version knows beyond format version 1: none yet."""
@@ -16,6 +20,30 @@ FEATURES: list[str] = []
 PACK_BYTES_MAX = 1 << 30
 OBJECT_BYTES_MAX = 1 << 20
 """of `format` and of a key"""
+
+
+WAY_OUT = ("FORMAT.md", "rescue.py")
+"""what is put into every repository, so that it can be read when Outlast itself is gone"""
+
+
+def refuse_taken(store: ObjectStore) -> None:
+    """Raise `Refused` where there is anything but what an `init` leaves that was killed before its end."""
+    for found in store.list(""):
+        if found.name == "format" or found.name.startswith(("log/", "packs/")):
+            raise Refused(f"{store.url} holds a repository already; nothing was changed.")
+        if not found.name.startswith("keys/") and found.name not in WAY_OUT:
+            raise Refused(
+                f"{store.url} is not empty ({found.name} is there); nothing was changed.",
+                hint="Make the repository in a folder or under a prefix of its own.",
+            )
+
+
+def leave_a_way_out(store: ObjectStore) -> None:
+    """Put the description of the format and a program that restores by it alone beside what they describe."""
+    for name in WAY_OUT:
+        content = Path(records.__file__).with_name(name).read_bytes()
+        with suppress(Exists):
+            store.put_if_absent(name, [content])
 
 
 def check_sizes(form: Format) -> None:
@@ -30,6 +58,11 @@ def check_sizes(form: Format) -> None:
         and 1 << 10 <= form.pack_bytes <= PACK_BYTES_MAX
     ):
         raise InvalidInput(f"these sizes of chunks and packs are out of bounds: {cut}, pack_bytes={form.pack_bytes}.")
+
+
+def check_lock_days(days: int) -> None:
+    if not 0 <= days <= LOCK_DAYS_MAX:
+        raise InvalidInput(f"objects can be locked for 1 to {LOCK_DAYS_MAX} days, not {days}; nothing was made.")
 
 
 def prove_create_if_absent(store: ObjectStore, form: bytes) -> None:
@@ -77,6 +110,7 @@ def parse_format(data: bytes, url: str) -> Format:
     form = records.parse_object(data, Format, what)
     try:
         check_sizes(form)
+        check_lock_days(form.lock_days or 0)
     except InvalidInput as exc:
         raise Corrupt(f"{what} can't be right: {exc.message}") from exc
     return form

@@ -27,7 +27,7 @@ from outlast.events import Event, EventSink
 from outlast.records import LogEntry
 from outlast.repo import seal
 from outlast.repo.seal import Keys
-from outlast.repo.state import SWEEP, State
+from outlast.repo.state import KEY, SWEEP, State
 from outlast.store.base import ObjectStore
 
 ENTRY_BYTES_MAX = 256 << 20
@@ -64,11 +64,19 @@ class Log:
         self.state = State(0, anchor)
         self.swept: set[str] = set()
         """packs that were given up since this log was loaded: a session that relies on one has to begin again"""
+        self.damage = ""
+        """why nothing can be committed: what some entries said is unknown"""
+
+    @property
+    def encrypted(self) -> bool:
+        return self._keys is not None
 
     def load(self) -> None:
         """Read the newest usable state and every entry after it."""
         self.state = self._newest_state() or State(0, self.anchor)
         self._state_seq = self.state.seq
+        if self._keys is not None:
+            self._keys.use(self.state.epoch)
         self.refresh()
 
     def refresh(self) -> list[LogEntry]:
@@ -128,16 +136,28 @@ class Log:
                 f"log entry {entry.seq} does not chain to the entry before it: one of the two was changed.",
                 hint=_MISSING_HINT,
             )
+        if self._keys is not None and seal.sealed_epoch(data) != self.state.epoch:
+            # Else whoever had a key before it was rotated could go on writing the log with it.
+            raise Corrupt(
+                f"log entry {entry.seq} is sealed with data key epoch {seal.sealed_epoch(data)} where "
+                f"{self.state.epoch} is due.",
+                hint=_MISSING_HINT,
+            )
         self._apply(entry, data)
         return entry
 
     def _apply(self, entry: LogEntry, data: bytes) -> None:
         self.state.apply(entry, seal.digest(data).hex())
+        if self._keys is not None:
+            self._keys.use(self.state.epoch)
         if entry.kind == SWEEP:
             self.swept.update(entry.body["packs"])
 
     def parse(self, data: bytes, seq: int) -> LogEntry:
-        """Decode the stored bytes of entry `seq`; `Corrupt` names it."""
+        """Decode the stored bytes of entry `seq`; `Corrupt` names it.
+
+        `WrongKey` when it tells of a rotation whose key this passphrase's slots don't hold.
+        """
         name = entry_name(seq)
         try:
             if self._keys is not None:
@@ -147,14 +167,21 @@ class Log:
             raise Corrupt(exc.message, hint=_MISSING_HINT) from exc
         if entry.seq != seq:
             raise Corrupt(f"{name} holds entry {entry.seq}: objects of the log were swapped.")
+        epoch = entry.body.get("epoch")
+        if self._keys is not None and entry.kind == KEY and entry.body.get("action") == "rotate":
+            self._keys.use(epoch if isinstance(epoch, int) else 0)  # what comes next is sealed under it
         return entry
 
     def append(self, kind: str, make_body: Callable[[State], dict[str, Any]]) -> LogEntry:
         """Commit an entry. `make_body` is asked again with the new state each time another got in first.
 
+        It must not read chunks: that may read the log on, past the state that it was asked for.
+
         Raises `Unavailable` when the store stays out of reach; then nothing is known to be committed,
-        and an entry with our write id, should it appear, is whole.
+        and an entry with our write id, should it appear, is whole. `Corrupt` when the log is damaged.
         """
+        if self.damage:
+            raise Corrupt(f"nothing was committed, for the log is damaged: {self.damage}", hint=_MISSING_HINT)
         with self._lock:
             return self._append(kind, make_body)
 
@@ -162,7 +189,10 @@ class Log:
         write_id = self._clock.random_bytes(16).hex()
         failure: OutlastError | None = None
         for attempt in range(_APPEND_TRIES):
-            entry = self._entry(kind, make_body(self.state), write_id)
+            before = self.state.seq
+            body = make_body(self.state)
+            assert self.state.seq == before, "an entry would follow a state that it was not made for"
+            entry = self._entry(kind, body, write_id)
             name, data = entry_name(entry.seq), self._encode(entry)
             try:
                 self._store.put_if_absent(name, [data])

@@ -34,7 +34,9 @@ class Fetched(msgspec.Struct):
     bytes: int = 0
 
 
-class _Range(msgspec.Struct):
+class Range(msgspec.Struct):
+    """Bytes of a pack to read at once, and the chunks in them."""
+
     pack: str
     start: int
     end: int
@@ -51,17 +53,17 @@ def fetch(repository: Repository, chunks: Iterable[bytes], deliver: Deliver, fai
 
     one_at_a_time = Lock()
 
-    def run(part: _Range) -> Fetched:
+    def run(part: Range) -> Fetched:
         # What is done with small chunks is work for the interpreter, whose lock threads would take from
         # each other at every system call: 100,000 files of 4 KiB on a local disk took half as long again.
         small = part.end - part.start < _SMALL_BYTES * len(part.chunks)
         return _fetch_range(repository, part, deliver, failed, one_at_a_time if small else nullcontext())
 
-    ranges = _ranges(repository, chunks, failed)
+    waiting = ranges(repository, chunks, failed)
     workers = max(2, min(8, repository.store.capabilities.concurrency))
     in_flight = max(workers, min(2 * workers, _PLAIN_BYTES_IN_FLIGHT // (2 * RANGE_BYTES)))
     with ThreadPoolExecutor(workers, thread_name_prefix="fetch") as pool:
-        pending: set[Future[Fetched]] = {pool.submit(run, part) for part in islice(ranges, in_flight)}
+        pending: set[Future[Fetched]] = {pool.submit(run, part) for part in islice(waiting, in_flight)}
         try:
             while pending:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -69,14 +71,14 @@ def fetch(repository: Repository, chunks: Iterable[bytes], deliver: Deliver, fai
                     result = future.result()
                     total.chunks += result.chunks
                     total.bytes += result.bytes
-                pending |= {pool.submit(run, part) for part in islice(ranges, len(done))}
+                pending |= {pool.submit(run, part) for part in islice(waiting, len(done))}
         finally:
             for future in pending:
                 future.cancel()
     return total
 
 
-def _ranges(repository: Repository, chunks: Iterable[bytes], failed: Failed | None) -> Iterator[_Range]:
+def ranges(repository: Repository, chunks: Iterable[bytes], failed: Failed | None) -> Iterator[Range]:
     """Neighbouring chunks joined: gaps up to `GAP_BYTES` are cheaper to read than to skip."""
     located: dict[bytes, Location] = {}
     for chunk in chunks:
@@ -89,7 +91,7 @@ def _ranges(repository: Repository, chunks: Iterable[bytes], failed: Failed | No
                 raise
             failed(chunk, exc)
     ordered = sorted(located.items(), key=lambda item: (item[1].pack.name, item[1].offset))
-    current: _Range | None = None
+    current: Range | None = None
     for chunk, location in ordered:
         end = location.offset + location.stored_bytes
         if (
@@ -103,14 +105,14 @@ def _ranges(repository: Repository, chunks: Iterable[bytes], failed: Failed | No
             continue
         if current is not None:
             yield current
-        current = _Range(location.pack.name, location.offset, end, [(chunk, location)])
+        current = Range(location.pack.name, location.offset, end, [(chunk, location)])
     if current is not None:
         yield current
 
 
 def _fetch_range(
     repository: Repository,
-    part: _Range,
+    part: Range,
     deliver: Deliver,
     failed: Failed | None,
     turn: AbstractContextManager[object],

@@ -6,19 +6,27 @@ whatever the number of snapshots; only the lines that straddle two chunks are lo
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import msgspec
 
 from outlast import records
 from outlast.errors import Corrupt, NotFound, OutlastError, Unavailable
 from outlast.records import ChunkRef, Entry, Snapshot
 from outlast.repo import seal
+from outlast.repo.index import Location
 from outlast.repo.manifest import Order, entry_problem, is_root
 from outlast.repo.pack import object_name
-from outlast.repo.repository import Repository
+from outlast.repo.repository import Repository, chunk_offsets
 
 FILES_MAX = 100
+HURT_FILES_MAX = 1000
 PROBLEMS_MAX = 100
+_PLACES_MAX = 4
+_CHUNKS_MAX = 100_000
 _MORE = "There is more of this kind."
+
+T = TypeVar("T")
 
 
 class Findings:
@@ -80,19 +88,57 @@ class _Piece(msgspec.Struct):
     tail: bytes | None
     blamed: dict[tuple[str, str], None]
     order: Order
+    hurt: list[bytes] = []
+    """which of `Needs.files` these lines are"""
+
+
+class HurtFile(msgspec.Struct):
+    """A file that can't be restored whole, as some snapshots have it."""
+
+    entry: Entry
+    snapshots: dict[str, None] = {}
+
+
+class Needs(msgspec.Struct):
+    """Chunks that snapshots need and that lie in no sound live pack. For a repair, which asks for it."""
+
+    endangered: dict[bytes, None] = {}
+    """they can still be read, from packs that are damaged or given up"""
+    lost: dict[bytes, int] = {}
+    """chunk -> plain bytes: no pack gives it"""
+    places: dict[bytes, list[tuple[str, int]]] = {}
+    """lost chunk -> (path, offset in that file) of some files that it belongs to"""
+    files: dict[bytes, HurtFile] = {}
+    """hash of the line of a manifest -> the file, up to `HURT_FILES_MAX`"""
+    files_left_out: int = 0
 
 
 class References:
-    """`good`: packs whose footers are sound; `bad`: chunk -> packs in which its payload is damaged."""
+    """`sound`: live packs in which nothing is wrong; `good`: live packs whose footers are sound;
+    `bad`: chunk -> packs in which its payload is damaged. `collect`: note files and places in `needs`."""
 
-    def __init__(self, view: Repository, findings: Findings, good: set[str], bad: dict[bytes, set[str]]) -> None:
+    def __init__(
+        self,
+        view: Repository,
+        findings: Findings,
+        *,
+        sound: set[str],
+        good: set[str],
+        bad: dict[bytes, set[str]],
+        collect: bool = False,
+    ) -> None:
         self._view = view
         self._findings = findings
+        self._sound = sound
         self._good = good
         self._bad = bad
+        self._collect = collect
+        self.needs = Needs()
+        self._gone: set[str] = set()
         self._pieces: dict[str, _Piece | None] = {}
         self._straddling: set[bytes] = set()
-        footless = [object_name(name) for name in view.state.packs if name not in good]
+        self._hurt: list[bytes] = []
+        footless = [object_name(name) for name in sorted(view.state.readable_packs().keys() - view.index.packs)]
         # A chunk that no sound pack holds was in one of these, and nobody knows in which.
         self._suspect = footless[0] if len(footless) == 1 else f"one of {len(footless)} unreadable packs"
         self._suspects = len(footless)
@@ -119,8 +165,10 @@ class References:
                 rest = None if rest is None else rest + piece.head
                 continue
             self._note(snapshot, piece.blamed)
+            self._has_hurt(snapshot, piece.hurt)
             if rest is not None:
                 self._note(snapshot, self._check_straddling(rest + piece.head, order, first))
+                self._has_hurt(snapshot, self._taken_hurt())
             for path, problem in order.join(piece.order):
                 self._findings.lost("manifests", path)
                 self._note(snapshot, {("manifests", _bad_entry(path, problem)): None})
@@ -157,11 +205,15 @@ class References:
         return blamed
 
     def _read_piece(self, ref: ChunkRef) -> _Piece | None:
+        chunk = bytes.fromhex(ref[0])
         try:
-            text = bytes(self._view.get_chunk(bytes.fromhex(ref[0])))
+            text = bytes(self._view.get_chunk(chunk))
         except (Corrupt, NotFound, Unavailable):
             self._view.store.stat("format")  # raises when it is the whole store that is away
+            self._note_chunk(self.needs.lost, chunk, ref[1])
             return None
+        if not self._is_there(ref):
+            self.needs.lost.pop(chunk, None)
         head, newline, body = text.partition(b"\n")
         if not newline:
             return _Piece(head, None, {}, Order(whole=False))
@@ -171,7 +223,7 @@ class References:
         for line in lines.split(b"\n"):
             if line and (hurt := self._check_line(line, order)):
                 self._tell(hurt, blamed)
-        return _Piece(head, tail, blamed, order)
+        return _Piece(head, tail, blamed, order, self._taken_hurt())
 
     def _check_line(self, line: bytes, order: Order, first: bool = False) -> list[_Hurt]:
         """`first`: this is the first line of a manifest."""
@@ -181,28 +233,66 @@ class References:
             problem = entry_problem(entry, root=root) or ("" if root else order.add(entry))
             if problem:
                 return [_Hurt("manifests", entry.path, _bad_entry(entry.path, problem))]
-            return [each for ref in entry.chunks for each in self._look_up(ref, entry.path)]
+            hurt = [each for ref in entry.chunks for each in self._look_up(ref, entry.path)]
+            if hurt and self._collect:
+                self._remember(line, entry)
+            return hurt
         except (OutlastError, ValueError) as exc:
             return [_Hurt("manifests", None, f"A manifest is malformed: {exc}")]
 
     def _look_up(self, ref: ChunkRef, path: str) -> list[_Hurt]:
         """Nothing when a sound copy of the chunk is there, otherwise who is to blame."""
+        return [] if self._is_there(ref) else self._missing(ref, path)
+
+    def _is_there(self, ref: ChunkRef) -> bool:
         chunk = bytes.fromhex(ref[0])
         location = self._view.index.get(chunk)
-        if location and location.plain_bytes == ref[1] and location.pack.name in self._good and chunk not in self._bad:
-            return []
-        for copy in self._view.index.copies(chunk):
-            name = copy.pack.name
-            if name in self._good and name not in self._bad.get(chunk, ()) and copy.plain_bytes == ref[1]:
-                return []
-        return self._missing(ref, path)
+        if location and location.plain_bytes == ref[1] and location.pack.name in self._sound and chunk not in self._bad:
+            return True
+        if chunk in self.needs.endangered:
+            return True
+        if self.needs.lost.get(chunk) == ref[1]:
+            return False
+        bad = self._bad.get(chunk, ())
+        copies = [each for each in self._view.index.copies(chunk) if each.plain_bytes == ref[1]]
+        copies = [each for each in copies if each.pack.name not in bad]
+        if any(each.pack.name in self._sound for each in copies):
+            return True
+        if any(each.pack.name in self._good or self._can_be_read(chunk, each) for each in copies):
+            self._note_chunk(self.needs.endangered, chunk, None)
+            return True
+        self._note_chunk(self.needs.lost, chunk, ref[1])
+        return False
+
+    def _note_chunk(self, known: dict[bytes, T], chunk: bytes, value: T) -> None:
+        if self._collect or len(known) < _CHUNKS_MAX:  # without a repair it only saves looking again
+            known[chunk] = value
+
+    def _can_be_read(self, chunk: bytes, location: Location) -> bool:
+        """Packs that are damaged or given up promise nothing: what is needed of them is read."""
+        name = location.pack.name
+        if name in self._gone:
+            return False
+        try:
+            [stored] = self._view.store.get_ranges(object_name(name), [(location.offset, location.stored_bytes)])
+            self._view.open_chunk(chunk, location, stored)
+        except Corrupt:
+            return False
+        except NotFound:
+            self._gone.add(name)
+            return False
+        except Unavailable:
+            self._view.store.stat("format")  # raises when it is the whole store that is away
+            return False
+        return True
 
     def _missing(self, ref: ChunkRef, path: str | None) -> list[_Hurt]:
         """Whose fault it is that a chunk can't be had. Of packs without footers, each may have held it."""
         copies = self._view.index.copies(bytes.fromhex(ref[0]))
-        for copy in copies:
-            if copy.plain_bytes == ref[1]:
-                return [_Hurt(object_name(copy.pack.name), path)]
+        held = [copy.pack.name for copy in copies if copy.plain_bytes == ref[1]]
+        if held:
+            name = next((each for each in held if each in self._view.state.packs), held[0])
+            return [_Hurt(object_name(name), path, self._problem_of(name))]
         if copies:
             wrong = f"Chunk {ref[0][:16]} is {copies[0].plain_bytes} bytes long, not {ref[1]}."
             return [_Hurt("manifests", path, wrong)]
@@ -210,6 +300,38 @@ class References:
             what = "" if self._suspects == 1 else "It held chunks that snapshots need; the packs are named here too."
             return [_Hurt(self._suspect, path, what)]
         return [_Hurt("packs", path, "Chunks that snapshots need are in no pack of the log.")]
+
+    def _problem_of(self, name: str) -> str:
+        if name in self._view.state.quarantined:
+            return "It is quarantined: damaged, and the only one that held some chunks which snapshots need."
+        if name in self._view.state.condemned:
+            return "It was given up, but snapshots need chunks that nothing else holds."
+        return ""
+
+    # -- for a repair ----------------------------------------------------------------------------
+
+    def _remember(self, line: bytes, entry: Entry) -> None:
+        needs = self.needs
+        for offset, (chunk, _) in chunk_offsets(entry):
+            raw = bytes.fromhex(chunk)
+            if raw in needs.lost:
+                places = needs.places.setdefault(raw, [])
+                if len(places) < _PLACES_MAX and (entry.path, offset) not in places:
+                    places.append((entry.path, offset))
+        digest = seal.digest(line)
+        if digest in needs.files or len(needs.files) < HURT_FILES_MAX:
+            needs.files.setdefault(digest, HurtFile(entry))
+            self._hurt.append(digest)
+        else:
+            needs.files_left_out += 1
+
+    def _taken_hurt(self) -> list[bytes]:
+        taken, self._hurt = self._hurt, []
+        return taken
+
+    def _has_hurt(self, snapshot: Snapshot, hurt: list[bytes]) -> None:
+        for digest in hurt:
+            self.needs.files[digest].snapshots[snapshot.id] = None
 
 
 def _bad_entry(path: str, problem: str) -> str:

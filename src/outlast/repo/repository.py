@@ -31,7 +31,7 @@ from outlast.repo import form as form_of
 from outlast.repo.chain import Walk
 from outlast.repo.chunker import cutter
 from outlast.repo.index import Index, IndexedPack, Location
-from outlast.repo.keyring import Secret, open_keys
+from outlast.repo.keyring import Secret, make_keys, open_keys
 from outlast.repo.log import Log
 from outlast.repo.pack import Footer, object_name
 from outlast.repo.read import Fetched, fetch
@@ -39,6 +39,7 @@ from outlast.repo.seal import ChunkSealer, Keys
 from outlast.repo.state import State
 from outlast.repo.write import Writer
 from outlast.store.base import ObjectStore
+from outlast.store.lock import locking, prove_lockable
 
 PACK_BYTES = 64 << 20
 SEGMENT_BYTES_MAX = 4 << 30
@@ -90,23 +91,23 @@ class Repository:
         compression: Literal["auto", "none", "zstd"] = "auto",
         chunking: Chunking | None = None,
         pack_bytes: int = PACK_BYTES,
+        lock_days: int = 0,
         clock: Clock = SYSTEM_CLOCK,
         sink: EventSink = NULL_SINK,
     ) -> Repository:
         """Make a repository; encrypted when `secret` is given. Raises `Refused` where one exists.
 
-        The key slot is written first and `format` last: its creation is the creation of the
-        repository, and of two that try at once exactly one wins.
+        With `lock_days` nobody can delete what is written for so long: S3 with Object Lock alone can
+        do it, others raise `Refused`.
+
+        The way to read it without Outlast and the key slot are written first and `format` last: its
+        creation is the creation of the repository, and of two that try at once exactly one wins.
         """
-        # Keys alone are what an `init` leaves that was killed before its end.
-        for found in store.list(""):
-            if found.name == "format" or found.name.startswith(("log/", "packs/")):
-                raise Refused(f"{store.url} holds a repository already; nothing was changed.")
-            if not found.name.startswith("keys/"):
-                raise Refused(
-                    f"{store.url} is not empty ({found.name} is there); nothing was changed.",
-                    hint="Make the repository in a folder or under a prefix of its own.",
-                )
+        form_of.refuse_taken(store)
+        if lock_days:
+            form_of.check_lock_days(lock_days)
+            store = locking(store, lock_days, clock)
+            prove_lockable(store)
         created = records.time_text(clock.now_ns())
         repository_id = clock.random_bytes(16)
         keys = None
@@ -124,14 +125,14 @@ class Repository:
             compression=compression,
             pack_bytes=pack_bytes,
             encryption=Encryption() if secret else None,
+            lock_days=lock_days or msgspec.UNSET,
         )
         form_of.check_sizes(form)
         data = records.canonical_object(form)
         anchor = seal.digest(data).hex()
+        form_of.leave_a_way_out(store)
         if secret is not None:
-            keys = seal.new_keys(repository_id, clock.random_bytes(2 * seal.KEY_BYTES), anchor)
-            slot = seal.wrap_keys(keys, passphrase, clock.random_bytes(seal.SALT_BYTES), created)
-            store.put_if_absent(f"keys/{clock.random_bytes(16).hex()}", [records.canonical_object(slot)])
+            keys = make_keys(store, repository_id, anchor, passphrase, clock)
         try:
             store.put_if_absent("format", [data])
         except Exists as exc:
@@ -179,11 +180,12 @@ class Repository:
     def adopt(self, found: Walk) -> None:
         """Go by what a walk of the log found. Packs that only a lost entry named are taken from the store."""
         self.log.state = found.state
+        self.log.damage = next((each.problem for each in found.damage if not each.object.startswith("state/")), "")
         if not found.lost:
             return
         for info in self.store.list("packs/"):
             name = info.name.rpartition("/")[2]
-            if name not in self.state.packs and info.name == object_name(name):
+            if self.state.find(name) is None and info.name == object_name(name):
                 self.state.packs[name] = PackRef(name, info.size_bytes, 0)
 
     @classmethod
@@ -212,7 +214,7 @@ class Repository:
                 f"the object `format` of {store.url} is not the one it was made with; nothing was touched.",
                 hint="Copy `format` back from a replica: it is small and never changes.",
             )
-        return cls(store, form, keys, anchor, clock, sink)
+        return cls(locking(store, form.lock_days or 0, clock), form, keys, anchor, clock, sink)
 
     # -- snapshots -------------------------------------------------------------------------------
 
@@ -225,7 +227,9 @@ class Repository:
         return list(self.state.snapshots.values())
 
     def find_snapshot(self, reference: str, name: str | None = None) -> Snapshot:
-        """The snapshot whose id begins with `reference`, in any case, or the newest one for `latest`.
+        """The snapshot whose id begins with `reference`, in any case, or for `latest` the one of the latest time.
+
+        Not the one committed last: that may be a copy of an old one.
 
         Raises `NotFound` or, when several fit or `reference` is too short, `InvalidInput`.
         """
@@ -241,7 +245,7 @@ class Repository:
             if not candidates:
                 what = f"named {name}" if name else "in this repository"
                 raise NotFound(f"there is no snapshot {what} yet.", hint="Make one with `outlast backup`.")
-            return candidates[-1]
+            return max(reversed(candidates), key=lambda snapshot: snapshot.time)
         if len(wanted) < _ID_CHARACTERS_MIN:
             raise InvalidInput(
                 f"{reference!r} is too short; give at least {_ID_CHARACTERS_MIN} characters of the id, or `latest`.",
@@ -260,13 +264,17 @@ class Repository:
             )
         return found[0]
 
-    def entries(self, snapshot: Snapshot) -> Iterator[Entry]:
-        """The manifest's entries in `path_order`, streamed: a manifest may be larger than memory."""
+    def entries(self, snapshot: Snapshot, get: Callable[[bytes], bytes | memoryview] | None = None) -> Iterator[Entry]:
+        """The manifest's entries in `path_order`, streamed: a manifest may be larger than memory.
+
+        `get` gives the verified plain bytes of its chunks, where they are not to be read from here.
+        """
+        get = get or self.get_chunk
         what = f"the manifest of snapshot {snapshot.id[:12]}"
         rest: list[bytes] = []
         rest_bytes = 0
         for chunk, _ in snapshot.manifest:
-            first, *lines = bytes(self.get_chunk(bytes.fromhex(chunk))).split(b"\n")
+            first, *lines = bytes(get(bytes.fromhex(chunk))).split(b"\n")
             rest.append(first)
             rest_bytes += len(first)
             if rest_bytes > _LINE_BYTES_MAX:
@@ -463,6 +471,12 @@ class Repository:
 
     def open_chunk(self, chunk: bytes, location: Location, stored: bytes | memoryview) -> bytes | memoryview:
         """Stored bytes -> plain bytes; `Corrupt` unless they hash to the chunk's id."""
+        return self.unseal_chunk(chunk, location, stored)[1]
+
+    def unseal_chunk(
+        self, chunk: bytes, location: Location, stored: bytes | memoryview
+    ) -> tuple[bytes | memoryview, bytes | memoryview]:
+        """Stored bytes -> (encoded bytes, plain bytes); `Corrupt` unless the latter hash to the chunk's id."""
         try:
             encoded: bytes | memoryview = stored
             if location.pack.encrypted:
@@ -478,7 +492,7 @@ class Repository:
                 f"pack {location.pack.name[:16]} is damaged at offset {location.offset}: {exc.message}",
                 hint=f"The object is {object_name(location.pack.name)}. `outlast check --data all` names all affected.",
             ) from exc
-        return plain
+        return encoded, plain
 
     def _sealer(self, of: IndexedPack) -> ChunkSealer:
         sealer = self._sealers.get(of.name)

@@ -14,6 +14,7 @@ object, and its name or chunk id, codec and lengths.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import blake3
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _OBJECT_HEAD = struct.Struct("<8sHHI32s")
 _OBJECT_MAGIC = b"OUTLSEAL"
+SEALED_BYTES_MIN = _OBJECT_HEAD.size + TAG_BYTES
 _CHUNK_AAD = struct.Struct("<16s16s32sBIQ")
 
 ARGON2_MEMORY_KIB = 64 << 10
@@ -40,19 +42,25 @@ _ARGON2_MEMORY_KIB_MAX = 1 << 20
 _ARGON2_WORK_MAX = 64
 
 
-class Keys(msgspec.Struct, frozen=True):
-    """What a key slot opens: the data keys by epoch and the key of the chunk ids."""
+class Keys(msgspec.Struct):
+    """What the key slots of one passphrase open: the data keys by epoch and the key of the chunk ids.
+
+    All parts of an open repository share one of these, so that a key that comes by a rotation is
+    known to all of them at once.
+    """
 
     repository: bytes
     id_key: bytes
     epochs: dict[int, bytes]
     anchor: str = ""
     """BLAKE3 of the object `format` in hex: a store that serves another one is found out"""
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that new packs and objects are sealed under."""
-        return max(self.epochs)
+    epoch: int = 1
+    """The epoch that new packs and objects are sealed under: what the log says, not the highest that is held,
+    for a rotation that hasn't reached the log may never happen"""
+    reload: Callable[[], dict[int, bytes]] | None = None
+    """reads the slots again, for the data keys that came since"""
+    passphrase: bytes = b""
+    """what opened the slots"""
 
     @property
     def chunking_seed(self) -> int:
@@ -60,12 +68,25 @@ class Keys(msgspec.Struct, frozen=True):
         return int.from_bytes(blake3.blake3(b"outlast chunking 1", key=self.id_key).digest(8), "big") >> 1
 
     def data_key(self, epoch: int) -> bytes:
+        if epoch not in self.epochs and self.reload is not None:
+            self.epochs.update(self.reload())
         if epoch not in self.epochs:
             raise WrongKey(
-                f"this key does not hold data key epoch {epoch}; nothing was changed.",
-                hint="Open the repository with a key added after the last rotation.",
+                f"what this passphrase opens does not hold data key epoch {epoch}: it is from before a rotation of "
+                "the keys. Nothing was changed.",
+                hint="Whoever has a newer passphrase runs `outlast key add`, and enters this one as the new one.",
             )
         return self.epochs[epoch]
+
+    def use(self, epoch: int) -> None:
+        """Seal under this epoch from now on; the log says so. `WrongKey` when the slots don't hold it either."""
+        if epoch <= self.epoch:
+            return
+        self.data_key(epoch)
+        self.epoch = epoch
+
+    def __repr__(self) -> str:
+        return f"Keys(repository={self.repository.hex()}, epoch={self.epoch})"  # the rest is secret
 
 
 class KeySlot(msgspec.Struct, frozen=True):
@@ -99,7 +120,7 @@ def new_keys(repository: bytes, key_material: bytes, anchor: str = "") -> Keys:
     return Keys(repository, key_material[:KEY_BYTES], {1: key_material[KEY_BYTES : 2 * KEY_BYTES]}, anchor)
 
 
-def wrap_keys(keys: Keys, passphrase: bytes, salt: bytes, created: str) -> KeySlot:
+def wrap_keys(keys: Keys, passphrase: bytes, salt: bytes, created: str, label: str = "") -> KeySlot:
     """Make a slot. `salt`: 32 random bytes, also the reason why the all-zero nonce is safe."""
     slot = KeySlot(
         version=1,
@@ -110,6 +131,7 @@ def wrap_keys(keys: Keys, passphrase: bytes, salt: bytes, created: str) -> KeySl
         lanes=ARGON2_LANES,
         salt=salt.hex(),
         wrapped="",
+        label=label,
     )
     bundle = msgspec.json.encode(
         {
@@ -132,9 +154,15 @@ def unwrap_keys(slot: KeySlot, passphrase: bytes) -> Keys | None:
         bundle = _aes(_passphrase_key(slot, passphrase)).decrypt(bytes(12), wrapped, b"outlast key 1")
     except (InvalidTag, ValueError):
         return None
-    fields = msgspec.json.decode(bundle, type=_Bundle)
-    epochs = {int(epoch): bytes.fromhex(key) for epoch, key in fields.epochs.items()}
-    return Keys(bytes.fromhex(fields.repository), bytes.fromhex(fields.id_key), epochs, fields.format)
+    try:
+        fields = msgspec.json.decode(bundle, type=_Bundle)
+        epochs = {int(epoch): bytes.fromhex(key) for epoch, key in fields.epochs.items()}
+        id_key = bytes.fromhex(fields.id_key)
+        if not epochs or any(len(key) != KEY_BYTES for key in (id_key, *epochs.values())):
+            raise ValueError("the keys have a wrong length")
+        return Keys(bytes.fromhex(fields.repository), id_key, epochs, fields.format)
+    except (msgspec.DecodeError, ValueError) as exc:
+        raise Corrupt(f"a key slot opens, but what it holds can't be read: {exc}.") from exc
 
 
 class _Bundle(msgspec.Struct):
@@ -196,8 +224,9 @@ class ChunkSealer:
 
 def seal_object(keys: Keys, name: str, plain: bytes, salt: bytes) -> bytes:
     """A whole object (log entry, state) as one message: head, then AES-256-GCM of `plain`."""
-    head = _OBJECT_HEAD.pack(_OBJECT_MAGIC, 1, 0, keys.epoch, salt)
-    aes = _aes(_derive(keys.data_key(keys.epoch), salt, b"outlast object 1"))
+    epoch = keys.epoch
+    head = _OBJECT_HEAD.pack(_OBJECT_MAGIC, 1, 0, epoch, salt)
+    aes = _aes(_derive(keys.data_key(epoch), salt, b"outlast object 1"))
     return head + aes.encrypt(bytes(12), plain, head + keys.repository + name.encode())
 
 
@@ -216,6 +245,17 @@ def open_object(keys: Keys, name: str, sealed: bytes) -> bytes:
         return aes.decrypt(bytes(12), sealed[_OBJECT_HEAD.size :], head + keys.repository + name.encode())
     except InvalidTag as exc:
         raise Corrupt(f"{name} fails its authentication.") from exc
+
+
+def looks_sealed(head: bytes) -> bool:
+    """Whether the first `SEALED_BYTES_MIN` bytes are those of a sealed object, as far as can be told without keys."""
+    magic, version, zero, _, _ = _OBJECT_HEAD.unpack_from(head)
+    return (magic, version, zero) == (_OBJECT_MAGIC, 1, 0)
+
+
+def sealed_epoch(sealed: bytes) -> int:
+    """The epoch that an object, which `open_object` opened, is sealed under."""
+    return int(_OBJECT_HEAD.unpack_from(sealed)[3])
 
 
 def _nonce(offset: int) -> bytes:

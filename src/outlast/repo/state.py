@@ -11,17 +11,21 @@ Why no snapshot ever loses a chunk to this, whatever runs at the same time: entr
 ordered, and each is made for the state just before it. `condemn` is made where no snapshot of that
 state needs the pack. A snapshot committed after it lists what it needs of the condemned packs
 again, which makes them live; `sweep` applies to packs that are condemned at that moment, so not to
-those; and a snapshot that needs a pack swept before is not committed at all.
+those; and a snapshot that needs a pack swept before is not committed at all, even where the object,
+not deleted yet, was condemned anew as one that nothing names: whoever swept it may be about to delete it.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
 
 from outlast.errors import Corrupt
 from outlast.records import LogEntry, PackRef, Snapshot
+
+_CHUNK_ID = re.compile("[0-9a-f]{64}")
 
 SNAPSHOT = "snapshot"
 PACKS = "packs"
@@ -56,6 +60,12 @@ class State(msgspec.Struct, omit_defaults=True):
     """damaged derived objects that need not be told again"""
     verified: dict[str, str] = {}
     """pack -> when every stored byte of it was last read and found right, RFC 3339"""
+    epoch: int = 1
+    """the data key that the next entry and all new packs are sealed with"""
+    epochs_given: int = 1
+    """the highest epoch that was given out, so that two rotations never make two keys of one number"""
+    slots: dict[str, int] = {}
+    """key slot -> the newest epoch that it holds, 0 when it was removed; the first slot is in no entry"""
 
     def apply(self, entry: LogEntry, entry_hash: str) -> None:
         """Fold one entry. Kinds this version doesn't know change nothing here; `Corrupt` when it can't be read."""
@@ -89,6 +99,8 @@ def _packs(state: State, entry: LogEntry) -> None:
 
 def _snapshot(state: State, entry: LogEntry) -> None:
     snapshot = msgspec.convert(entry.body["snapshot"], Snapshot)
+    if not all(_CHUNK_ID.fullmatch(chunk) for chunk, _ in snapshot.manifest):
+        raise Corrupt(f"log entry {entry.seq} (snapshot) names manifest chunks that can't exist.")
     _packs(state, entry)
     state.snapshots[snapshot.id] = snapshot
 
@@ -127,6 +139,26 @@ def _verified(state: State, entry: LogEntry) -> None:
             state.verified[name] = entry.time
 
 
+class _KeyChange(msgspec.Struct):
+    action: str = ""
+    slot: str = ""
+    epoch: int = 0
+    replaces: list[str] = []
+
+
+def _key(state: State, entry: LogEntry) -> None:
+    change = msgspec.convert(entry.body, _KeyChange)
+    state.epochs_given = max(state.epochs_given, change.epoch)
+    if change.action in ("add", "rotate"):
+        state.slots[change.slot] = change.epoch
+    elif change.action == "remove":
+        state.slots[change.slot] = 0
+    if change.action == "rotate":
+        state.epoch = change.epoch
+    for slot in change.replaces:
+        state.slots[slot] = 0
+
+
 def _names(entry: LogEntry, field: str) -> list[str]:
     return msgspec.convert(entry.body.get(field, []), list[str])
 
@@ -139,4 +171,5 @@ _FOLDS: dict[str, Any] = {
     SWEEP: _sweep,
     QUARANTINE: _quarantine,
     VERIFIED: _verified,
+    KEY: _key,
 }

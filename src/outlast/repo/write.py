@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from outlast import records
-from outlast.errors import Busy, OutlastError
+from outlast.errors import Busy, Exists, OutlastError
 from outlast.events import Event
 from outlast.records import ChunkRef, Entry, PackRef, Snapshot
 from outlast.repo import codec, pack, seal
@@ -60,12 +60,14 @@ class Writer:
         self._in_flight: list[Future[BuiltPack]] = []
         self._durable: list[PackRef] = []
         self._footers: list[Footer] = []
-        self._relied_on: set[str] = set()
+        self.relied_on: set[str] = set()
+        """packs, those of this session included"""
         self._manifest: list[ChunkRef] = []
         self._lines: list[bytes] = []
         self._line_bytes = 0
         self._of_thread = threading.local()
         self._cut = repository.cutter()
+        self.chunks_added = 0
         self.bytes_added = 0
         self.bytes_stored = 0
 
@@ -93,23 +95,29 @@ class Writer:
             and prepared.id not in self._pending
             and not self._has(prepared.id)  # its twin's pack may have become durable meanwhile
         ):
-            self._pending.add(prepared.id)
-            self._open_pack.append(EncodedChunk(prepared.id, prepared.codec, prepared.plain_bytes, prepared.encoded))
-            self._open_bytes += len(prepared.encoded) + pack.RECORD.itemsize
+            self.chunks_added += 1
             self.bytes_added += prepared.plain_bytes
-            if self._open_bytes >= self._repository.format.pack_bytes or len(self._open_pack) >= PACK_CHUNKS_MAX:
-                self._close_pack()
+            self.store_again(EncodedChunk(prepared.id, prepared.codec, prepared.plain_bytes, prepared.encoded))
         return prepared.id.hex(), prepared.plain_bytes
+
+    def store_again(self, chunk: EncodedChunk) -> None:
+        """Take an encoded chunk into the open pack, whether or not the repository has it."""
+        self._pending.add(chunk.id)
+        self._open_pack.append(chunk)
+        self._open_bytes += len(chunk.encoded) + pack.RECORD.itemsize
+        if self._open_bytes >= self._repository.format.pack_bytes or len(self._open_pack) >= PACK_CHUNKS_MAX:
+            self._close_pack()
 
     def has(self, refs: Iterable[ChunkRef]) -> bool:
         """Whether every chunk is known, so that an unchanged file may be taken from its parent."""
-        return all(self._has(bytes.fromhex(chunk)) for chunk, _ in refs)
+        ids = (bytes.fromhex(chunk) for chunk, _ in refs)
+        return all(chunk in self._pending or self._has(chunk) for chunk in ids)
 
     def _has(self, chunk: bytes) -> bool:
         holder = self._repository.holder(chunk)
         if holder is None:
             return False
-        self._relied_on.add(holder)
+        self.relied_on.add(holder)
         return True
 
     def add_entry(self, entry: Entry) -> None:
@@ -148,7 +156,14 @@ class Writer:
         try:
             repository = self._repository
             built = pack.build(chunks, repository.keys, repository.clock.random_bytes(seal.SALT_BYTES))
-            repository.store.put_if_absent(pack.object_name(built.name), built.parts)
+            try:
+                repository.store.put_if_absent(pack.object_name(built.name), built.parts)
+            except Exists as exc:
+                # Names are unique, so it was ours, its reply was lost, and it is not there any more.
+                raise Busy(
+                    f"pack {built.name[:16]} was removed by a prune while it was uploaded; every snapshot is whole.",
+                    hint="Run the same command again: what was stored and is still there is not stored again.",
+                ) from exc
             built.parts.clear()
             return built
         finally:
@@ -170,7 +185,7 @@ class Writer:
             self._repository.index.add_recent(built.footer)
             self._pending.difference_update(built.footer.records["id"].tolist())
             self._footers.append(built.footer)
-            self._relied_on.add(built.name)
+            self.relied_on.add(built.name)
             self._repository.own_packs.add(built.name)
             self._durable.append(PackRef(built.name, built.bytes, len(built.footer.records)))
             self.bytes_stored += built.bytes
@@ -187,10 +202,17 @@ class Writer:
         durable = {ref.name: ref for ref in self._durable}
 
         def whole_body(state: State) -> dict[str, Any]:
-            gone = [name for name in durable if name in self._repository.log.swept]
+            if kind == SNAPSHOT and body["snapshot"]["id"] in state.snapshots:
+                raise Exists(f"snapshot {body['snapshot']['id'][:8]} was copied by somebody else meanwhile.")
+            # One that was swept may be condemned again, as an object that nothing names and that was left over
+            # then: whoever swept it may be about to delete it, so it is never rescued.
+            swept = self._repository.log.swept
+            gone = [name for name in durable if name in swept]
             rescued = []
             for name in sorted(relied_on - durable.keys()):
-                if name in state.condemned:
+                if name in swept:
+                    gone.append(name)
+                elif name in state.condemned:
                     rescued.append(state.find(name))
                 elif name not in state.packs:
                     gone.append(name)
@@ -206,10 +228,19 @@ class Writer:
         self._repository.own_packs.difference_update(durable)
         self._durable.clear()
 
+    def finish(self) -> None:
+        """Make everything durable and commit the packs, without a snapshot; the session is over."""
+        self._close_pack()
+        self._collect(wait=True)
+        self._pool.shutdown()
+        self.commit_packs()
+
     def commit(self, snapshot: Snapshot) -> Snapshot:
         """Make everything durable and commit the snapshot: the only moment at which it comes to exist.
 
-        `manifest`, `bytes_added`, `bytes_stored` and `id` are filled in here.
+        `manifest`, `bytes_added`, `bytes_stored` and `id` are filled in here; a snapshot that is copied
+        has its `id`, and may have a `manifest` whose chunks were added. Raises `Exists` when another
+        copy has committed this id: then the packs of this session are left to prune.
         """
         self._cut_manifest(at_end=True)
         self._close_pack()
@@ -217,14 +248,18 @@ class Writer:
         self._pool.shutdown()
         snapshot = msgspec.structs.replace(
             snapshot,
-            id="",
-            manifest=self._manifest,
+            manifest=self._manifest or snapshot.manifest,
             bytes_added=self.bytes_added,
             bytes_stored=self.bytes_stored,
         )
-        salt = self._repository.clock.random_bytes(16)
-        snapshot = msgspec.structs.replace(snapshot, id=seal.digest(salt + records.canonical(snapshot))[:16].hex())
-        self._append(SNAPSHOT, {"snapshot": msgspec.to_builtins(snapshot)}, self._relied_on)
+        if not snapshot.id:
+            salt = self._repository.clock.random_bytes(16)
+            snapshot = msgspec.structs.replace(snapshot, id=seal.digest(salt + records.canonical(snapshot))[:16].hex())
+        try:
+            self._append(SNAPSHOT, {"snapshot": msgspec.to_builtins(snapshot)}, self.relied_on)
+        except Exists:
+            self._give_up_packs()
+            raise
         self._speed_up_next_open()
         return snapshot
 
@@ -233,12 +268,20 @@ class Writer:
         self._open_pack.clear()
         self._pool.shutdown(wait=True)
         self._in_flight = [future for future in self._in_flight if future.exception() is None]
+        self._durable = [ref for ref in self._durable if ref.name not in self._repository.log.swept]
         try:
             self.commit_packs()
         except OutlastError as exc:
             self._repository.sink.event(
                 Event("packs.not_committed", f"packs already uploaded were not committed: {exc.message}")
             )
+            self._give_up_packs()
+
+    def _give_up_packs(self) -> None:
+        """Uploaded and never committed: nothing later may rely on them."""
+        self._repository.own_packs.difference_update(ref.name for ref in self._durable)
+        self._durable.clear()
+        self._footers.clear()
 
     def _speed_up_next_open(self) -> None:
         """Write the derived objects that are due. They only save time, so failing is no failure."""

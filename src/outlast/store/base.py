@@ -98,7 +98,7 @@ class ObjectStore(Protocol):
         ...
 
     def delete(self, name: str) -> None:
-        """Remove the object; a missing one is not an error."""
+        """Remove the object; a missing one is not an error. When it returns, a power cut doesn't bring it back."""
         ...
 
 

@@ -90,7 +90,7 @@ class CloudStore:
         self._lists_in_order = parts.scheme == "s3" and not parts.netloc.endswith("--x-s3")
         from_url: Any = obstore.store.from_url  # its overloads want to know the kind of store beforehand
         options: dict[str, Any] = dict(_CLIENT_OPTIONS)
-        if parts.scheme == "s3" and _endpoint().startswith("http://"):
+        if parts.scheme == "s3" and s3_endpoint().startswith("http://"):
             options["allow_http"] = True  # the user wrote http:// himself; that is the permission
         with self._translated("open", ""):
             self._store: Any = from_url(self._url, client_options=options, retry_config=_RETRY_CONFIG)
@@ -277,7 +277,7 @@ def _scrub(text: str) -> str:
     return _URL_SECRETS.sub("", text)
 
 
-def _endpoint() -> str:
+def s3_endpoint() -> str:
     """Where S3 is, when the environment says so: an address that the library would panic about is refused."""
     found = ""
     for variable in _ENDPOINTS:

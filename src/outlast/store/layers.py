@@ -22,7 +22,7 @@ RETRY_SECONDS_MAX = 30.0
 T = TypeVar("T")
 
 
-class _Layer:
+class Layer:
     """What a layer does not change."""
 
     def __init__(self, store: ObjectStore) -> None:
@@ -65,7 +65,7 @@ class _Layer:
         self._store.delete(name)
 
 
-class RetryStore(_Layer):
+class RetryStore(Layer):
     """Tries again what may succeed later: exponential backoff with full jitter, `attempts` calls in all.
 
     The waits are drawn evenly from 0 to `base_seconds`, then twice that, four times and so on, at
@@ -164,7 +164,7 @@ class RetryStore(_Layer):
             return False
 
 
-class ThrottledStore(_Layer):
+class ThrottledStore(Layer):
     """At most `bytes_per_second` of content, both ways together, over all threads."""
 
     def __init__(self, store: ObjectStore, bytes_per_second: float, clock: Clock = SYSTEM_CLOCK) -> None:
@@ -208,7 +208,7 @@ class ThrottledStore(_Layer):
         self._clock.sleep(wait_seconds)
 
 
-class ReadOnlyStore(_Layer):
+class ReadOnlyStore(Layer):
     """Refuses every change, whatever the store below would allow."""
 
     @property
@@ -228,7 +228,7 @@ class ReadOnlyStore(_Layer):
         return Refused(f"{self.url} was opened for reading only; it can't {action} {name}. Nothing was changed.")
 
 
-class QuotaStore(_Layer):
+class QuotaStore(Layer):
     """A budget for what is added through this layer; deleting and replacing give room back.
 
     `budget_bytes` may be raised at any time, as somebody who makes room on a full disk does.

@@ -25,16 +25,7 @@ from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from outlast.clock import SYSTEM_CLOCK, Clock
-from outlast.errors import (
-    Corrupt,
-    Exists,
-    InvalidInput,
-    NotFound,
-    OutlastError,
-    Refused,
-    StoreFull,
-    Unavailable,
-)
+from outlast.errors import Corrupt, Exists, InvalidInput, NotFound, OutlastError, Refused, StoreFull, Unavailable
 from outlast.store.base import Buffer, Capabilities, ObjectInfo, check_name
 
 TEMPORARY = "tmp"
@@ -43,18 +34,20 @@ DIRECT_BYTES_MIN = 1 << 20
 BOUNCE_BYTES = 4 << 20
 BLOCK_BYTES = 4096
 READ_BYTES_MAX = 1 << 30
-
 _OUR_LEFTOVER = re.compile(r"[0-9a-f]{32}")
-_AT_FDCWD = -100
-_RENAME_NOREPLACE = 1
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR}
-
-
 T = TypeVar("T")
 _Publish = Callable[[int, str, str], bool]
+
+
+class _Unsynced(Unavailable):
+    """Reading back would find the object, and prove nothing: the system forgets what an fsync has failed for."""
+
+    retryable = False
 
 
 class Disk:
@@ -133,6 +126,7 @@ class LocalStore:
         self._disk = disk or Disk()
         self._lock = threading.Lock()
         self._durable: set[str] = set()
+        self._read_from: set[str] = set()
         self._bounce: list[mmap.mmap] = []
         self._direct = hasattr(os, "O_DIRECT")
         self._swept = False
@@ -188,14 +182,18 @@ class LocalStore:
             self._check_root()  # a listing that broke off must not pass for a short one
 
     def _is_below_link(self, folder: str) -> bool:
-        ends = (number for number, character in enumerate(folder) if character == "/")
-        return any(os.path.islink(f"{self._root}/{folder[:end]}") for end in ends)
+        return any(os.path.islink(f"{self._root}/{folder[:end]}") for end, each in enumerate(folder) if each == "/")
 
     def delete(self, name: str) -> None:
-        """Remove the object. A power cut right after may bring it back."""
+        """Remove the object, durably: a key that was removed must not come back."""
         path = self.local_path(name)
         try:
+            with self._lock:
+                while self._read_from:  # what we have read may be why it goes, so it must not be undone alone
+                    with suppress(FileNotFoundError):
+                        self._disk.fsync_dir(self._read_from.pop())
             self._disk.unlink(path)
+            self._disk.fsync_dir(os.path.dirname(path))
         except OSError as exc:
             self._check_root()
             if exc.errno not in _ABSENT:
@@ -215,8 +213,12 @@ class LocalStore:
                 self._disk.fsync_file(fd)
                 self._sweep_leftovers(fd)
                 folder = os.path.dirname(target)
-                moved = self._within(folder, lambda: publish(fd, temporary, target))
-                self._disk.fsync_dir(folder)
+                moved = self._within(folder, lambda: self._publish_after(folder, publish, fd, temporary, target))
+                try:
+                    self._disk.fsync_dir(folder)
+                except OSError as exc:
+                    why = f"{name} was written, and may be gone after a power cut: {exc.strerror}."
+                    raise _Unsynced(why, hint="Check the disk and the system's log.") from exc
                 self._check_root()
             finally:
                 # Closed last: while the descriptor is open its inode tells whether a link was ours.
@@ -272,6 +274,13 @@ class LocalStore:
             self._check_root()
             raise
 
+    def _publish_after(self, folder: str, publish: _Publish, fd: int, temporary: str, target: str) -> bool:
+        """Publish, but not before the names that we have read in this folder, and may build on, are durable."""
+        if folder in self._read_from:
+            self._read_from.discard(folder)
+            self._disk.fsync_dir(folder)
+        return publish(fd, temporary, target)
+
     def _publish_new(self, fd: int, temporary: str, target: str) -> bool:
         """Give the finished file its name unless it is taken; True when the temporary name is gone."""
         try:
@@ -287,7 +296,7 @@ class LocalStore:
                 return False  # A network file system applied our link and lost the reply.
             # Whoever is told that the name is taken may build on it, so it must be durable by then.
             self._disk.fsync_dir(os.path.dirname(target))
-            raise Exists(f"{self._name(target)} already exists; it was left as it is.") from exc
+            raise Exists(f"{target[len(self._root) + 1 :]} already exists; it was left as it is.") from exc
         return False
 
     def _rename_new(self, temporary: str, target: str) -> None:
@@ -298,16 +307,13 @@ class LocalStore:
                 raise
             raise Refused(
                 f"The file system of {self.url} has neither hard links nor a rename that spares what exists, so "
-                f"two writers could overwrite each other; {self._name(target)} was not written.",
+                f"two writers could overwrite each other; {target[len(self._root) + 1 :]} was not written.",
                 hint="Put the store on a Linux file system such as ext4, XFS, Btrfs or ZFS.",
             ) from exc
 
     def _publish_over(self, fd: int, temporary: str, target: str) -> bool:
         self._disk.replace(temporary, target)
         return True
-
-    def _name(self, path: str) -> str:
-        return path[len(self._root) + 1 :]
 
     def _make_durable(self, folder: str) -> None:
         """See to it that `folder` exists and that its name, up to the mount point, is durable.
@@ -445,6 +451,7 @@ class LocalStore:
     @contextmanager
     def _reading(self, name: str) -> Iterator[tuple[int, int]]:
         path = self.local_path(name)
+        self._read_from.add(os.path.dirname(path))
         with self._staying(), _translated("read", name):
             # O_NONBLOCK: a pipe that somebody put there must not hang the reader.
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -1,0 +1,360 @@
+"""Give back the room of what no snapshot needs: plan, condemn, and later sweep, while others work.
+
+Nobody is locked out. What makes it safe is the order of entries in the log (see `state.py`): packs
+are condemned in an entry made for a state in which no snapshot needs them; a backup that relied on
+one lists it again when it commits; and `sweep` is in the log before anything is deleted. The time
+between the two phases is no part of that: it spares restores that are under way.
+
+    plan      what each pack holds of what the snapshots need, and what to do about it; changes nothing
+    execute   1 repack: copy what is needed out of packs that are mostly waste, commit the new packs
+              2 condemn: the emptied packs, those that nothing needs, and leftovers that no entry names
+              3 sweep: packs condemned at least `grace_seconds` ago by the store's clock; then delete them
+              4 tidy: one set of index segments for what is left, and no state but the newest
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+
+from outlast.errors import Corrupt, NotFound, OutlastError, Refused
+from outlast.events import Event
+from outlast.records import PackRef, Snapshot
+from outlast.repo.log import entry_name
+from outlast.repo.needs import needed_chunks
+from outlast.repo.pack import RECORD, object_name
+from outlast.repo.prune_plan import Decided, PackFacts, Place, Policy, decide
+from outlast.repo.repack import repack
+from outlast.repo.repository import Repository
+from outlast.repo.seal import ID_BYTES
+from outlast.repo.state import CONDEMN, PACKS, SWEEP, Condemned, State
+from outlast.repo.tidy import tidy
+from outlast.repo.usage import Usage
+from outlast.store.lock import LockingStore
+
+_CLOCK = "clock"
+_TRIES = 5
+_HINT_DAMAGED = "`outlast check` names what is damaged; `outlast check --repair` may mend it, or forget the snapshot."
+
+
+class PrunePlan(msgspec.Struct):
+    """What `execute` will do, and the state that it was made for."""
+
+    policy: Policy
+    facts: list[PackFacts]
+    decided: Decided
+    usage: Usage
+    snapshots: frozenset[str]
+    live: frozenset[str]
+    quarantined: frozenset[str]
+
+
+class PruneReport(msgspec.Struct):
+    """What was done; packs and bytes of each phase. `bytes_freed`: deleted now."""
+
+    repacked: int = 0
+    bytes_repacked: int = 0
+    condemned: int = 0
+    bytes_condemned: int = 0
+    swept: int = 0
+    bytes_freed: int = 0
+    rescued: int = 0
+    waiting: int = 0
+    bytes_waiting: int = 0
+    segments: int = 0
+    extended: int = 0
+    """objects whose Object Lock was extended"""
+    seconds: float = 0.0
+
+
+class Stale(Exception):
+    """Another prune or repair committed something since the plan was made."""
+
+
+class _NewSnapshots(Exception):
+    """What these need has to be read before anything can be given up."""
+
+    def __init__(self, snapshots: list[Snapshot]) -> None:
+        super().__init__()
+        self.snapshots = snapshots
+
+
+class _NothingLeft(Exception):
+    """Of what was to be committed nothing is left."""
+
+
+def plan(repository: Repository, policy: Policy | None = None, *, dry_run: bool = False) -> PrunePlan:
+    """Decide about every pack. Changes nothing, but for the object `clock`, which asks the store for the time.
+
+    With `dry_run` not even that: this machine's clock must do. Raises `Corrupt` when it can't be known
+    what a snapshot needs.
+    """
+    policy = policy or Policy()
+    repository.refresh()
+    state = repository.state
+    index = repository.load_index()
+    usage = Usage(index, exclude=state.condemned, damaged=state.quarantined, among=state.readable_packs())
+    unknown: list[bytes] = []
+    try:
+        needed_chunks(repository, repository.snapshots(), lambda ids: unknown.extend(usage.mark(ids)))
+    except Corrupt as exc:
+        raise Corrupt(f"{exc.message} So nothing was pruned.", hint=_HINT_DAMAGED) from exc
+    if unknown:
+        raise Corrupt(
+            f"{len(set(unknown))} chunks that snapshots need are in no pack that can be read, so nothing was pruned.",
+            hint=_HINT_DAMAGED,
+        )
+    now = repository.clock.now_ns() / 1e9 if dry_run else _store_time_seconds(repository)
+    facts = _facts(repository, usage, now)
+    return PrunePlan(
+        policy,
+        facts,
+        decide(facts, policy),
+        usage,
+        frozenset(state.snapshots),
+        frozenset(state.packs),
+        frozenset(state.quarantined),
+    )
+
+
+def _facts(repository: Repository, usage: Usage, now_seconds: float) -> list[PackFacts]:
+    state, found = repository.state, usage.packs()
+    facts: list[PackFacts] = []
+    ages: dict[int, float] = {}
+    for name, ref in state.readable_packs().items():
+        used = found.get(name)
+        waste = (used.bytes - used.used_bytes) + RECORD.itemsize * (used.chunks - used.used_chunks) if used else 0
+        needed = ref.bytes - waste if used and used.used_chunks else 0
+        if name in state.condemned:
+            seq = state.condemned[name].seq
+            if seq not in ages:
+                ages[seq] = now_seconds - repository.store.stat(entry_name(seq)).modified_seconds
+            facts.append(PackFacts(name, "condemned", ref.bytes, needed, ages[seq]))
+        else:
+            place: Place = "quarantined" if name in state.quarantined else "live"
+            facts.append(PackFacts(name, place, ref.bytes, needed, readable=used is not None))
+    named = {fact.name for fact in facts}
+    for info in repository.store.list("packs/"):
+        name = info.name.rpartition("/")[2]
+        if name not in named and info.name == object_name(name):
+            facts.append(PackFacts(name, "unnamed", info.size_bytes, 0, now_seconds - info.modified_seconds))
+    return facts
+
+
+def _store_time_seconds(repository: Repository) -> float:
+    """The store's own time: that of an object written just now."""
+    repository.store.put(_CLOCK, [repository.clock.random_bytes(16).hex().encode()])
+    return repository.store.stat(_CLOCK).modified_seconds
+
+
+def prune(repository: Repository, policy: Policy | None = None) -> PruneReport:
+    """Plan and execute; plan again when another prune or repair was quicker.
+
+    Without grace what was condemned is swept at once. Raises `Refused` when more than `max_delete` would go,
+    `Corrupt` as `plan` does, `Unavailable`. Whatever it raises, and whenever it is killed, no snapshot is
+    touched, and the next prune goes on from there.
+    """
+    started = repository.clock.monotonic_seconds()
+    policy = policy or Policy()
+    report = PruneReport()
+    _plan_and_execute(repository, policy, report)
+    if policy.grace_seconds <= 0 and repository.state.condemned:
+        _plan_and_execute(repository, policy, report)
+    report.extended = _extend_locks(repository)
+    report.seconds = repository.clock.monotonic_seconds() - started
+    return report
+
+
+def _plan_and_execute(repository: Repository, policy: Policy, report: PruneReport) -> None:
+    for attempt in range(_TRIES):
+        repository.refresh()
+        seq = repository.state.seq
+        try:
+            execute(repository, plan(repository, policy), report)
+            return
+        except Stale:
+            continue
+        except Corrupt:
+            # Another prune may have taken, meanwhile, what only snapshots needed that are forgotten by now.
+            repository.refresh()
+            if repository.state.seq == seq or attempt == _TRIES - 1:
+                raise
+    raise Refused(
+        "other prunes kept changing what this one had planned; nothing more was done.",
+        hint="Let one prune at a time work on a repository.",
+    )
+
+
+def execute(repository: Repository, planned: PrunePlan, report: PruneReport) -> None:
+    """Carry out a plan. Raises what `prune` raises, and `Stale`, having harmed nothing."""
+    if problem := refusal(planned):
+        raise Refused(
+            f"{problem} Nothing was changed.",
+            hint="If that is what you want, say so with a higher --max-delete; `--dry-run` shows the plan.",
+        )
+    decided = planned.decided
+    due = {each.pack for each in decided.of("sweep")}
+    needed_still = _unproven(repository, planned.usage, due)
+    rescued = needed_still | {each.pack for each in decided.of("rescue")}
+    _rescue(repository, rescued, report)
+    _sweep(repository, due - needed_still, report)
+    wanted = {each.pack: planned.usage.used(each.pack) for each in decided.of("repack")}
+    done = repack(repository, wanted)
+    report.repacked += len(done.packs)
+    report.bytes_repacked += done.bytes_written
+    given_up = {each.pack for each in decided.of("condemn")} | done.packs
+    _condemn(repository, planned, given_up, planned.live | rescued | done.written, report)
+    waiting = repository.state.condemned.values()
+    report.waiting, report.bytes_waiting = len(waiting), sum(each.bytes for each in waiting)
+    report.segments = tidy(repository, swept=report.swept > 0)
+
+
+def refusal(planned: PrunePlan) -> str:
+    """Why the plan must not be carried out, or "": it gives up more than the policy lets go at once."""
+    share, limit = planned.decided.share_freed, planned.policy.max_delete
+    if share <= limit:
+        return ""
+    return f"{share:.0%} of the repository's bytes would go, more than the {limit:.0%} that --max-delete allows."
+
+
+def _extend_locks(repository: Repository) -> int:
+    """In a store that locks what is written, keep everything that is still needed locked."""
+    store = repository.store
+    if not isinstance(store, LockingStore):
+        return 0
+    state = repository.state
+    needed = {"format", *map(object_name, state.packs), *map(object_name, state.quarantined)}
+    kept = (info for info in store.list("") if info.name.startswith(("keys/", "log/")) or info.name in needed)
+    return store.extend(kept).extended
+
+
+def _rescue(repository: Repository, names: set[str], report: PruneReport) -> None:
+    """Make packs live again that were condemned, though a snapshot needs what is in them."""
+    back: list[str] = []
+
+    def body(state: State) -> dict[str, Any]:
+        back[:] = sorted((names & state.condemned.keys()) - repository.log.swept)
+        if names - state.packs.keys() - set(back):
+            raise Stale  # one was swept meanwhile: what it was needed for has to be elsewhere
+        if not back:
+            raise _NothingLeft
+        return {"packs": msgspec.to_builtins([state.find(name) for name in back])}
+
+    try:
+        repository.log.append(PACKS, body)
+    except _NothingLeft:
+        return
+    report.rescued += len(back)
+
+
+def _unproven(repository: Repository, usage: Usage, names: set[str]) -> set[str]:
+    """Of these packs, those that hold a needed chunk whose other copy, the one to stay, can't be read.
+
+    This is the last moment at which a chunk that was repacked, or stored twice, could be had from here.
+    """
+    unproven: set[str] = set()
+    for pack, chunk, kept in usage.spares(names):
+        try:
+            [stored] = repository.store.get_ranges(object_name(kept.pack.name), [(kept.offset, kept.stored_bytes)])
+            repository.open_chunk(chunk, kept, stored)
+        except (Corrupt, NotFound) as exc:
+            unproven.add(pack)
+            repository.sink.event(Event("pack.rescued", f"pack {pack[:16]} is kept after all: {exc.message}"))
+    return unproven
+
+
+def _condemn(
+    repository: Repository, planned: PrunePlan, names: set[str], relied_on: Collection[str], report: PruneReport
+) -> None:
+    """Commit that packs are given up, for the state just before: what new snapshots need of them is left out.
+
+    `relied_on`: live packs that hold what the others are given up for.
+    """
+    if not names:
+        return
+    places = {each.name: each for each in planned.facts}
+    listed = set(names)
+    known = set(planned.snapshots)
+    refs: list[PackRef] = []
+
+    def body(state: State) -> dict[str, Any]:
+        if any(name not in state.packs for name in relied_on) or any(
+            name not in state.packs and name not in state.quarantined for name in planned.quarantined
+        ):
+            raise Stale  # a chunk that counted as being in one of these may not be anywhere else
+        fresh = [snapshot for name, snapshot in state.snapshots.items() if name not in known]
+        if fresh:
+            raise _NewSnapshots(fresh)
+        refs.clear()
+        for name in sorted(listed):
+            ref = state.find(name)
+            if ref is None and places[name].place == "unnamed":
+                refs.append(PackRef(name, places[name].bytes, 0))
+            elif ref is not None and places[name].place != "unnamed":
+                refs.append(ref)
+        if not refs:
+            raise _NothingLeft
+        return {"packs": msgspec.to_builtins(refs)}
+
+    while True:
+        try:
+            repository.log.append(CONDEMN, body)
+            break
+        except _NewSnapshots as new:
+            listed.difference_update(_holders(repository, new.snapshots, listed))
+            known.update(snapshot.id for snapshot in new.snapshots)
+        except _NothingLeft:
+            return
+    report.condemned += len(refs)
+    report.bytes_condemned += sum(ref.bytes for ref in refs)
+
+
+def _holders(repository: Repository, snapshots: Sequence[Snapshot], names: set[str]) -> set[str]:
+    """Those of the packs that hold anything that the snapshots need."""
+    found: set[str] = set()
+    if not snapshots:
+        return found
+    index = repository.load_index()
+
+    def take(ids: bytes) -> None:
+        for at in range(0, len(ids), ID_BYTES):
+            found.update(copy.pack.name for copy in index.copies(ids[at : at + ID_BYTES]))
+
+    needed_chunks(repository, snapshots, take)
+    return found & names
+
+
+def _sweep(repository: Repository, names: set[str], report: PruneReport) -> None:
+    """Commit that condemned packs are gone, and only then delete their objects."""
+    if not names:
+        return
+    swept: list[Condemned] = []
+
+    def body(state: State) -> dict[str, Any]:
+        swept[:] = [state.condemned[name] for name in sorted(names & state.condemned.keys())]
+        if not swept:
+            raise _NothingLeft
+        return {"packs": [each.name for each in swept]}
+
+    try:
+        repository.log.append(SWEEP, body)
+    except _NothingLeft:
+        return
+    repository.index.forget_packs(repository.log.swept)
+    with ThreadPoolExecutor(repository.store.capabilities.concurrency) as threads:
+        deleted = list(threads.map(lambda each: _delete(repository, each.name), swept))
+    report.swept += sum(deleted)
+    report.bytes_freed += sum(each.bytes for each, gone in zip(swept, deleted, strict=True) if gone)
+
+
+def _delete(repository: Repository, pack: str) -> bool:
+    """Failing is no failure: an object that stays is found again by the next prune, as one that nothing names."""
+    try:
+        repository.store.delete(object_name(pack))
+    except OutlastError as exc:
+        repository.sink.event(Event("pack.not_deleted", f"{object_name(pack)} was not deleted: {exc.message}"))
+        return False
+    return True

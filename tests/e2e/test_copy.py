@@ -1,0 +1,261 @@
+"""`outlast copy` as a user runs it: between stores, with two passphrases, killed, at once, and with damage."""
+
+from __future__ import annotations
+
+import os
+import random  # noqa: TID251  seeded
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from shell import PASSPHRASE, Shell
+from trees import describe
+
+from outlast.repo.pack import object_name
+from outlast.repo.repository import Repository
+from outlast.repo.state import FORGET
+from outlast.store.local import LocalStore
+
+OTHER = "a second passphrase"
+
+
+def model(shell: Shell, turn: int) -> Path:
+    """A folder of which most stays the same from turn to turn."""
+    folder = shell.folder / "model"
+    folder.mkdir(exist_ok=True)
+    for number in range(6):
+        seed = number if number else 100 + turn
+        (folder / f"part{number}.bin").write_bytes(random.Random(seed).randbytes(150_000))
+    (folder / "log").write_text("".join(f"step {step}\n" for step in range(1000 * (turn + 1))))
+    if not (folder / "same.bin").exists():
+        (folder / "link").symlink_to("log")
+        os.link(folder / "part1.bin", folder / "same.bin")
+    return folder
+
+
+def back_up(shell: Shell, turns: int, *arguments: str, **environment: str) -> list[str]:
+    made = []
+    for turn in range(turns):
+        model(shell, turn)
+        made.append(shell("backup", "model", "--json", *arguments, **environment).json["snapshot"])
+    return made
+
+
+def assert_restores(shell: Shell, snapshot: str, *arguments: str, **environment: str) -> None:
+    """The newest snapshot gives back the folder as it is now."""
+    assert shell("check", "--data", "all", "--json", *arguments, **environment).json["ok"]
+    target = f"back-{snapshot[:8]}"
+    shell("restore", snapshot, "--to", target, "--overwrite", *arguments, **environment)
+    assert describe(str(shell.folder / target)) == describe(str(shell.folder / "model"))
+
+
+def listed(shell: Shell, *arguments: str, **environment: str) -> list[str]:
+    return [each["id"] for each in shell("snapshots", "--json", *arguments, **environment).json]
+
+
+# -- the main job --------------------------------------------------------------------------------------
+
+
+def test_through_plain_and_encrypted_repositories(shell: Shell) -> None:
+    """plain -> encrypted -> encrypted with another passphrase -> plain; what comes out is what went in."""
+    (shell.folder / "other").write_text(OTHER + "\n")
+    shell("init")
+    shell("init", "--repo", "first", "--encrypt", OUTLAST_PASSPHRASE=PASSPHRASE)
+    shell("init", "--repo", "second", "--encrypt", "--passphrase-file", "other")
+    shell("init", "--repo", "third")
+    made = back_up(shell, 2, "--tag", "a=1")
+    report = shell("copy", "--from", "repo", "--to", "first", "--json", OUTLAST_PASSPHRASE=PASSPHRASE).json
+    assert (report["copied"], report["skipped"], report["failed"]) == (made, [], [])
+    assert {"chunks", "bytes_read", "bytes_added", "bytes_stored", "seconds"} <= report.keys()
+    command = ["--from-passphrase-command", f"echo {PASSPHRASE}"]
+    ran = shell("copy", "--from", "first", *command, "--to", "second", "--passphrase-file", "other")
+    assert "Copied 2 snapshots to" in ran.out
+    shell("copy", "--from", "second", "--repo", "third", OUTLAST_FROM_PASSPHRASE=OTHER)
+    last = shell("snapshots", "--json", "--repo", "third").json
+    first = shell("snapshots", "--json").json
+    own = {"bytes_added": 0, "bytes_stored": 0}
+    assert [{**each, **own} for each in last] == [{**each, **own} for each in first]
+    assert_restores(shell, made[-1], "--repo", "third")
+    again = shell("copy", "--from", "second", "--repo", "third", "--from-passphrase-file", "other")
+    assert "Copied no snapshot" in again.out
+    assert "There already: 2 snapshots." in again.out
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_from_disk_to_s3_and_back(shell: Shell, s3: str, encrypted: bool) -> None:
+    aws = {name: text for name, text in os.environ.items() if name.startswith("AWS_")}
+    bucket = {**aws, "OUTLAST_REPO": s3} | ({"OUTLAST_PASSPHRASE": PASSPHRASE} if encrypted else {})
+    shell("init")
+    shell("init", *(["--encrypt"] if encrypted else []), **bucket)
+    [first, second] = back_up(shell, 2)
+    assert shell("copy", first, "--from", "repo", "--json", **bucket).json["copied"] == [first]
+    report = shell("copy", "--from", "repo", "--json", **bucket).json
+    assert (report["copied"], report["skipped"]) == ([second], [first])
+    assert report["bytes_read"] < 250_000, "only what is new"
+    assert_restores(shell, second, **bucket)
+    shell("init", "--repo", "back", **aws)
+    secret = {"OUTLAST_FROM_PASSPHRASE": PASSPHRASE} if encrypted else {}
+    shell("copy", "--from", s3, "--to", "back", **aws, **secret)
+    assert listed(shell, "--repo", "back") == [first, second]
+    assert_restores(shell, second, "--repo", "back")
+
+
+def test_a_name_or_some_snapshots_only(shell: Shell) -> None:
+    shell("init")
+    shell("init", "--repo", "copy")
+    [a, b] = back_up(shell, 2, "--name", "one")
+    [c] = back_up(shell, 1, "--name", "two")
+    assert shell("copy", "--from", "repo", "--to", "copy", "--name", "two", "--json").json["copied"] == [c]
+    assert shell("copy", "latest", "--from", "repo", "--to", "copy", "--name", "one", "--json").json["copied"] == [b]
+    assert (
+        "no snapshot is named three" in shell("copy", "--from", "repo", "--to", "copy", "--name", "three", code=1).err
+    )
+    shell("copy", "--from", "repo", "--to", "copy", "nonsense", code=1)
+    shell("copy", "--from", "repo", "--to", "copy")
+    assert listed(shell, "--repo", "copy") == [c, b, a]
+
+
+def test_what_can_not_be_copied_is_said_in_a_sentence(filled: Shell) -> None:
+    filled("init", "--repo", "sealed", "--encrypt", OUTLAST_PASSPHRASE=PASSPHRASE)
+    assert (
+        "are the same repository" in filled("copy", "--from", str(filled.folder / "repo"), "--to", "repo", code=21).err
+    )
+    assert "no repository at" in filled("copy", "--from", "repo", "--to", "nowhere", code=10).err
+    assert "no repository at" in filled("copy", "--from", "nowhere", code=10).err
+    assert "Set OUTLAST_PASSPHRASE" in filled("copy", "--from", "repo", "--to", "sealed", code=12).err
+    ran = filled("copy", "--from", "sealed", code=12, OUTLAST_PASSPHRASE=PASSPHRASE)
+    assert "Set OUTLAST_FROM_PASSPHRASE" in ran.err
+    assert "opens no key" in filled("copy", "--from", "sealed", code=12, OUTLAST_FROM_PASSPHRASE="wrong").err
+    ran = filled("copy", "--from", "repo", "--to", "sealed", code=21, OUTLAST_FROM_PASSPHRASE="x")
+    assert "unset OUTLAST_FROM_PASSPHRASE" in ran.err
+    both = ["--from-passphrase-file", "x", "--from-passphrase-command", "y"]
+    assert "--from-passphrase-file and --from" in filled("copy", "--from", "sealed", *both, code=2).err
+    assert "two repositories" in filled("copy", "--from", "a", "--to", "b", "--repo", "c", code=2).err
+    assert "--from" in filled("copy", "--to", "sealed", code=2).err
+    assert listed(filled) and listed(filled, "--repo", "sealed", OUTLAST_PASSPHRASE=PASSPHRASE) == []
+
+
+# -- killed, and at once --------------------------------------------------------------------------------
+
+KILLED = textwrap.dedent(
+    """
+    import os, signal, sys
+    import outlast.repo.write
+    from outlast.cli.main import main
+    from outlast.store.local import LocalStore
+
+    outlast.repo.write.COMMIT_PACKS_BYTES = 150_000
+    left, put = [int(sys.argv[1])], LocalStore.put_if_absent
+
+    def killing(store, name, parts):
+        if name.startswith("packs/"):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+        put(store, name, parts)
+
+    LocalStore.put_if_absent = killing
+    sys.exit(main(sys.argv[2:]))
+    """
+)
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_killed_in_the_middle_it_goes_on_from_there(shell: Shell, encrypted: bool) -> None:
+    shell("init")
+    secret = (lambda: PASSPHRASE.encode()) if encrypted else None
+    target = LocalStore(str(shell.folder / "copy"))
+    Repository.create(target, secret=secret, pack_bytes=50_000)
+    made = back_up(shell, 2)
+    passphrase = {"OUTLAST_PASSPHRASE": PASSPHRASE} if encrypted else {}
+    script = shell.folder / "killed.py"
+    script.write_text(KILLED)
+    arguments = ["copy", "--from", "repo", "--to", "copy"]
+    ran = subprocess.run(
+        [sys.executable, str(script), "6", *arguments], cwd=shell.folder, env={**shell.environment, **passphrase}
+    )
+    assert ran.returncode == -signal.SIGKILL
+    before = Repository.open(target, secret=secret)
+    assert before.snapshots() == []
+    committed = {chunk for ref in before.state.packs.values() for chunk in chunk_ids(before, ref.name)}
+    assert len(before.state.packs) >= 3
+    report = shell(*arguments, "--json", **passphrase).json
+    assert report["copied"] == made
+    after = Repository.open(target, secret=secret)
+    again = [name for name in after.state.packs if name not in before.state.packs]
+    assert not committed & {chunk for name in again for chunk in chunk_ids(after, name)}
+    assert report["chunks"] == sum(len(chunk_ids(after, name)) for name in again)
+    assert_restores(shell, made[-1], "--repo", "copy", **passphrase)
+
+
+def chunk_ids(repository: Repository, pack: str) -> set[bytes]:
+    return set(repository.read_footer(repository.state.packs[pack]).records["id"].tolist())
+
+
+def test_two_processes_copy_at_once(shell: Shell) -> None:
+    shell("init")
+    shell("init", "--repo", "copy")
+    made = back_up(shell, 4)
+    argv = shell.argv("copy", "--from", "repo", "--to", "copy", "--json")
+    running = [
+        subprocess.Popen(argv, cwd=shell.folder, env=shell.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (0, b"")
+    assert listed(shell, "--repo", "copy") == made
+    assert_restores(shell, made[-1], "--repo", "copy")
+
+
+# -- damage in the source ---------------------------------------------------------------------------------
+
+
+def test_a_damaged_chunk_is_named_and_the_rest_is_copied(shell: Shell) -> None:
+    shell("init")
+    shell("init", "--repo", "copy")
+    [first, second] = back_up(shell, 2)
+    store = LocalStore(str(shell.folder / "repo"))
+    repository = Repository.open(store)
+    entries = {entry.path: entry for entry in repository.entries(repository.find_snapshot(first))}
+    location = repository.locate(bytes.fromhex(entries["part0.bin"].chunks[0][0]))
+    name = object_name(location.pack.name)
+    data = bytearray(store.get(name))
+    data[location.offset + 9] ^= 1
+    store.put(name, [data])
+    ran = shell("copy", "--from", "repo", "--to", "copy", code=3)
+    assert f"Not copied: snapshot {first[:8]} of model: pack {location.pack.name[:16]} is damaged" in ran.out
+    assert "files: part0.bin\n" in ran.out
+    assert "Copied 1 snapshot" in ran.out
+    assert listed(shell, "--repo", "copy") == [second]
+    assert_restores(shell, second, "--repo", "copy")
+    report = shell("copy", "--from", "repo", "--to", "copy", "--json", code=3).json
+    assert [(each["snapshot"], each["files"]) for each in report["failed"]] == [(first, ["part0.bin"])]
+    assert report["skipped"] == [second]
+
+
+def test_a_source_with_a_damaged_log_gives_what_it_has(shell: Shell) -> None:
+    shell("init")
+    shell("init", "--repo", "copy")
+    [first, _, third] = back_up(shell, 3)
+    (shell.folder / "repo" / "log" / f"{2:020}").chmod(0o600)
+    (shell.folder / "repo" / "log" / f"{2:020}").write_bytes(b"x")
+    assert "`latest` can't be told" in shell("copy", "latest", "--from", "repo", "--to", "copy", code=20).err
+    assert shell("copy", first, "--from", "repo", "--to", "copy", "--json").json["copied"] == [first]
+    report = shell("copy", "--from", "repo", "--to", "copy", "--json", code=3).json
+    assert report["copied"] == [third]
+    assert any("log entry 2" in warning for warning in report["warnings"])
+    assert_restores(shell, third, "--repo", "copy")
+
+
+def test_a_snapshot_that_the_target_forgot_comes_back(filled: Shell) -> None:
+    filled("init", "--repo", "copy")
+    filled("copy", "--from", "repo", "--to", "copy")
+    [snapshot] = listed(filled, "--repo", "copy")
+    Repository.open(LocalStore(str(filled.folder / "copy"))).log.append(FORGET, lambda state: {"snapshots": [snapshot]})
+    report = filled("copy", "--from", "repo", "--to", "copy", "--json").json
+    assert (report["copied"], report["bytes_stored"], report["bytes_read"]) == ([snapshot], 0, 0)
+    assert listed(filled, "--repo", "copy") == [snapshot]
