@@ -116,7 +116,7 @@ class Repository:
         from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
         passphrase = os.environ.get("OUTLAST_PASSPHRASE") or getpass.getpass("Passphrase: ")
-        found = []
+        found, closed = [], []
         for path in slots:
             try:
                 slot = parse(path.read_bytes())
@@ -127,9 +127,9 @@ class Repository:
                 key = kdf.derive(passphrase.encode("utf-8", "surrogateescape"))
                 found.append(json.loads(decrypt(key, bytes(12), bytes.fromhex(slot["wrapped"]), b"outlast key 1")))
             except FAULTS as error:
-                print(f"keys/{path.name} does not open with this passphrase: {shown(error)}", file=sys.stderr)
+                closed.append(f"keys/{path.name} does not open: {shown(error)}")
         epochs = {epoch: key for keys in found for epoch, key in keys["epochs"].items()}
-        return dict(found[0], epochs=epochs) if found else sys.exit("there is no key")
+        return dict(found[0], epochs=epochs) if found else sys.exit("\n".join(["this passphrase is wrong", *closed]))
 
     def derive(self, head: bytes, info: bytes) -> bytes:
         epoch, salt = struct.unpack("<12xI32s", head[:48])  # of a pack's header or a sealed object's head
@@ -144,10 +144,9 @@ class Repository:
         return decrypt(self.derive(head, b"outlast object 1"), bytes(12), data[48:], head + self.id + name.encode())
 
     def snapshots(self) -> dict[str, dict[str, Any]]:
-        """Follow the log: the snapshots by id, oldest first."""
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, dict[str, Any]] = {}  # by id
         hashes = {0: self.read_format()}  # of the entries that are not damaged; `format` stands before the first
-        for path in sorted(self.root.glob("log/" + "[0-9]" * 20)):
+        for path in filter(Path.is_file, sorted(self.root.glob("log/" + "[0-9]" * 20))):
             name, seq = f"log/{path.name}", int(path.name)
             try:
                 data = path.read_bytes()
@@ -164,7 +163,7 @@ class Repository:
         return found
 
     def find_packs(self) -> None:
-        for path in sorted(self.root.glob("packs/??/" + "?" * 64)):
+        for path in filter(Path.is_file, sorted(self.root.glob("packs/??/" + "?" * 64))):
             try:
                 self.add_pack(path)
             except FAULTS as error:
@@ -345,5 +344,5 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except ImportError as missing:
-        sys.exit(f"{missing}; run: python -m pip install blake3 zstandard 'cryptography>=44'")
+    except (EOFError, ImportError) as missing:
+        sys.exit(f"{missing}; set OUTLAST_PASSPHRASE, or pip install blake3 zstandard 'cryptography>=44'")

@@ -170,7 +170,7 @@ class Desk:
         return create(self.open(), [str(self.source(round))], name=name, tags={"round": str(round)})
 
     def elsewhere(self) -> Repository:
-        """Another repository, not encrypted, which has the rounds 0 to 2. Ask for it in `setup`, to have it made."""
+        """Another repository, not encrypted, which has the rounds 0 and 1. Ask for it in `setup`, to have it made."""
         return _elsewhere(self._folder)
 
 
@@ -178,7 +178,7 @@ class Desk:
 def _elsewhere(folder: Path) -> Repository:
     desk = Desk(MemoryStore(), folder, None, seed=77)
     desk.init()
-    for number in range(3):
+    for number in range(2):
         desk.backup(number)
     return desk.open()
 

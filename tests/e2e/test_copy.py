@@ -115,7 +115,8 @@ def test_a_name_or_some_snapshots_only(shell: Shell) -> None:
     )
     shell("copy", "--from", "repo", "--to", "copy", "nonsense", code=1)
     shell("copy", "--from", "repo", "--to", "copy")
-    assert listed(shell, "--repo", "copy") == [c, b, a]
+    assert listed(shell, "--repo", "copy") == [a, b, c], "by their times, whatever was copied first"
+    assert shell("show", "latest", "--repo", "copy", "--json").json["id"] == c
 
 
 def test_what_can_not_be_copied_is_said_in_a_sentence(filled: Shell) -> None:

@@ -191,8 +191,11 @@ def test_without_any_state_one_lost_entry_costs_one_snapshot(world: World) -> No
     assert assert_reading_is_right(world, store, checked(world, store), lost=1) == set()
 
 
-def test_nothing_is_committed_to_a_log_that_is_damaged(world: World, tmp_path: Path) -> None:
-    store = changed(world, log.entry_name(6), "flip middle")
+@pytest.mark.parametrize("seq", [2, 6])
+def test_nothing_is_committed_to_a_log_that_is_damaged(world: World, tmp_path: Path, seq: int) -> None:
+    store = changed(world, log.entry_name(seq), "flip middle")
+    for name in world.names("state/"):
+        store.delete(name)
     before = {info.name for info in store.list("log/")}
     (tmp_path / "file").write_bytes(b"x" * 1000)
     repository = Repository.open_damaged(store, secret=world.secret)

@@ -17,6 +17,7 @@ from outlast.clock import SYSTEM_CLOCK, Clock, ManualClock
 from outlast.errors import Refused
 from outlast.repo import forget
 from outlast.repo.check import check
+from outlast.repo.form import WAY_OUT
 from outlast.repo.pack import object_name
 from outlast.repo.prune import prune
 from outlast.repo.prune_plan import Policy
@@ -113,7 +114,7 @@ def test_everything_that_counts_is_locked_from_its_first_moment(locked: Locked, 
     shell("backup", "data")
     fill(data, "second")
     shell("backup", "data")
-    days = locked.retained_days()
+    days = {name: left for name, left in locked.retained_days().items() if name not in WAY_OUT}
     assert {name.partition("/")[0] for name in days} == {"format", "keys", "packs", "log"}
     assert all(29.9 < left <= 30 for left in days.values()), days
 

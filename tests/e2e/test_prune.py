@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from shell import Shell
 
 from outlast.backup.create import create
 from outlast.clock import ManualClock
-from outlast.errors import Busy, Corrupt, Refused
-from outlast.records import Chunking, Snapshot
+from outlast.errors import Busy, Corrupt, Refused, Unavailable
+from outlast.records import Chunking, Snapshot, canonical_object
 from outlast.repo import prune as pruning
 from outlast.repo.check import check
 from outlast.repo.content import Content, RecentChunks
 from outlast.repo.forget import execute as forget
 from outlast.repo.forget import plan as forget_plan
+from outlast.repo.index import Location
+from outlast.repo.log import state_name
 from outlast.repo.pack import object_name
 from outlast.repo.prune import prune
 from outlast.repo.prune_plan import Policy
+from outlast.repo.repack import Repacked, repack
 from outlast.repo.repository import Repository
+from outlast.repo.state import CONDEMN, State
 from outlast.repo.write import Writer
 from outlast.store.memory import MemoryStore
 
@@ -331,6 +338,86 @@ def test_two_prunes_at_once(world: World) -> None:
     world.assert_whole()
 
 
+def test_what_was_repacked_stays_when_another_prune_gives_up_the_new_copy(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.write(a=5_000, b=50_000, c=5_000)
+    first = world.backup()
+    world.write(b=50_000, c=5_000)
+    world.backup()
+    world.forget(first)
+    mine, other = world.open(7), world.open(8)
+    planned = pruning.plan(mine, Policy(max_unused=0, max_delete=1))
+
+    def repacked(repository: Repository, wanted: Iterable[tuple[str, list[tuple[bytes, Location]]]]) -> Repacked:
+        done = repack(repository, wanted)
+        assert done.packs and done.written
+        other.refresh()
+        refs = [{"name": name, "bytes": other.state.packs[name].bytes, "chunks": 1} for name in done.written]
+        other.log.append(CONDEMN, lambda state: {"packs": refs})
+        return done
+
+    monkeypatch.setattr(pruning, "repack", repacked)
+    with pytest.raises(pruning.Stale):
+        pruning.execute(mine, planned, pruning.PruneReport())
+    monkeypatch.undo()
+    prune(world.open(9), NOW)
+    world.assert_whole()
+
+
+def test_what_new_snapshots_need_is_read_while_others_may_read_the_log(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.write(a=50_000)
+    first = world.backup()
+    world.write(a=50_000)
+    world.backup()
+    world.forget(first)
+    mine = world.open(7)
+    planned = pruning.plan(mine, NOW)
+    world.write(b=5_000)
+    world.backup()
+    holders, asked = pruning._holders, []
+
+    def from_another_thread(*given: Any) -> set[str]:
+        # As a reader does that finds a pack missing: it would wait for ever for whoever holds the log.
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(mine.refresh).result(timeout=30)
+        asked.append(given)
+        return holders(*given)
+
+    monkeypatch.setattr(pruning, "_holders", from_another_thread)
+    pruning.execute(mine, planned, pruning.PruneReport())
+    assert asked
+    world.assert_whole()
+
+
+def test_a_pack_that_was_never_committed_is_no_reason_to_give_up_its_twin(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unavailable(*given: Any) -> None:
+        raise Unavailable("nobody answers")
+
+    failed = world.open(7)
+    world.write(a=50_000)
+    world.backup(failed)  # so that its index knows packs
+    several = {name: world.clock.random_bytes(900) for name in "bcde"}
+    writer = failed.writer()
+    for data in several.values():
+        writer.add(writer.prepare(data))
+    with pytest.raises(Unavailable), monkeypatch.context() as patched:
+        patched.setattr(failed.log, "append", unavailable)
+        try:
+            writer.finish()
+        finally:
+            writer.abandon()
+    for name, data in several.items():
+        (world.folder / name).write_bytes(data)
+        world.backup(world.open(8))
+    planned = pruning.plan(failed, Policy(max_unused=0))
+    assert not planned.decided.of("condemn", "repack")
+
+
 def test_the_index_is_rewritten_in_few_pieces(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     from outlast.repo import write
 
@@ -344,6 +431,22 @@ def test_the_index_is_rewritten_in_few_pieces(world: World, monkeypatch: pytest.
     assert len(list(world.store.list("index/"))) == 1
     assert world.open().load_index().packs == world.packs()
     world.assert_whole()
+
+
+def test_a_forged_state_deletes_nothing(world: World) -> None:
+    """Whoever may only create objects could otherwise hide every snapshot from the one who may delete."""
+    world.write(a=50_000)
+    snapshot = world.backup()
+    before, state = world.packs(), world.open().state
+    forged = State(state.seq, state.head_hash, packs=state.packs)
+    world.store.put_if_absent(state_name(state.seq), [canonical_object(forged)])
+    assert world.open().snapshots() == [], "it is believed where that costs nothing"
+    report = prune(world.open(), NOW)
+    assert (report.condemned, report.swept) == (0, 0)
+    assert world.packs() == before
+    world.store.delete(state_name(state.seq))
+    repository = world.open()
+    assert contents(repository, repository.find_snapshot(snapshot)) == world.expected[snapshot]
 
 
 def test_the_command(filled: Shell) -> None:

@@ -149,7 +149,8 @@ def test_parts_of_the_history(two_names: Shell) -> None:
     big = two_names("repo", "log", "--json", "--name", "big").json
     assert [(row["seq"], row["kind"]) for row in big] == [(1, "snapshot"), (2, "snapshot"), (4, "forget")]
     assert [row["seq"] for row in two_names("repo", "log", "--json", "--kind", "forget").json] == [4]
-    assert two_names("repo", "log", "--kind", "nothing").out == "No entries.\n"
+    assert two_names("repo", "log", "--kind", "quarantine").out == "No entries.\n"
+    assert "Known are snapshot, packs" in two_names("repo", "log", "--kind", "nothing", code=2).err
 
 
 def test_keys_are_part_of_the_history(shell: Shell) -> None:

@@ -226,7 +226,7 @@ def test_wrong_uses_and_wrong_passphrases_are_told(tmp_path: Path, rescue: Rescu
     assert "python rescue.py REPO" in rescue(tmp_path / "nowhere", code=2)
     assert "SNAPSHOT must name one" in rescue(GOLDEN / "plain", "ffff", tmp_path / "back", code=2)
     assert "TARGET must not exist or be empty" in rescue(GOLDEN / "plain", "latest", tmp_path, code=2)
-    assert "does not open with this passphrase" in rescue(GOLDEN / "encrypted", passphrase="wrong", code=1)
+    assert "this passphrase is wrong" in rescue(GOLDEN / "encrypted", passphrase="wrong", code=1)
     assert "pip install blake3" in rescue(GOLDEN / "plain", banned="outlast blake3", code=1)
 
 

@@ -17,6 +17,7 @@ from outlast.events import ListSink
 from outlast.records import Chunking
 from outlast.repo import forget, keyless, log, prune, seal
 from outlast.repo.check import CheckReport, check, open_and_check
+from outlast.repo.content import Content, RecentChunks
 from outlast.repo.log import entry_name
 from outlast.repo.prune_plan import Policy
 from outlast.repo.repository import Repository
@@ -106,6 +107,34 @@ def test_only_what_was_read_and_is_sound_is_recorded(source: Path) -> None:
     assert report.recorded
     assert set(verified(store)) == {name.rpartition("/")[2] for name in packs(store)[1:]}
     assert 0 < report.bytes_verified < report.bytes
+
+
+def test_what_was_found_damaged_is_told_again_and_nothing_new_relies_on_it(source: Path) -> None:
+    store = fill(MemoryStore(), source)
+    spoil(store, packs(store)[0])
+    damaged = [each.object for each in open_and_check(store, data="all").damaged]
+    told = open_and_check(store, data="none")
+    assert not told.ok
+    assert [each.object for each in told.damaged] == damaged
+    assert "was not read now" in told.damaged[0].problem
+    repository = Repository.open(store)
+    again = create(repository, [str(source)], name="data")
+    assert again.bytes_added > 0, "what is in the damaged pack is stored again"
+    latest = repository.find_snapshot("latest")
+    recent = RecentChunks(repository)
+    for entry in repository.entries(latest):
+        if entry.type == "file":
+            assert Content(entry, recent.get).read(0, entry.size) == (source / entry.path).read_bytes()
+
+
+def test_a_pack_that_reads_well_again_is_no_longer_damaged(source: Path) -> None:
+    store = fill(MemoryStore(), source)
+    name = packs(store)[0]
+    spoil(store, name)
+    assert not open_and_check(store, data="all").ok
+    spoil(store, name)
+    assert open_and_check(store, data="all").ok
+    assert open_and_check(store, data="none").ok
 
 
 @pytest.mark.parametrize("why", [Refused, Unavailable])

@@ -55,8 +55,13 @@ def open_log(store: MemoryStore, keys: seal.Keys | None = None, seed: int = 0) -
     return opened
 
 
+def pack(name: str) -> str:
+    """What a pack of this name is called in the log."""
+    return name.encode().hex().ljust(64, "0")
+
+
 def body(name: str) -> Callable[[State], dict[str, Any]]:
-    return lambda state: {"packs": [{"name": name, "bytes": 1000, "chunks": 1}]}
+    return lambda state: {"packs": [{"name": pack(name), "bytes": 1000, "chunks": 1}]}
 
 
 def names(store: MemoryStore) -> list[str]:
@@ -76,7 +81,7 @@ def test_what_was_committed_is_read_by_others(keys: seal.Keys | None) -> None:
     mine = fill(store, 12, keys)
     other = open_log(store, keys, seed=1)
     assert other.state == mine.state
-    assert set(other.state.packs) == {f"pack{number}" for number in range(12)}
+    assert set(other.state.packs) == {pack(f"pack{number}") for number in range(12)}
     assert names(store) == [entry_name(seq) for seq in range(1, 13)]
 
 
@@ -112,7 +117,7 @@ def test_a_write_that_lands_late_is_not_committed_twice() -> None:
     for land in store.late:
         with pytest.raises(Exists):
             land()
-    assert [*open_log(store).state.packs] == ["pack0", "mine"]
+    assert [*open_log(store).state.packs] == [pack("pack0"), pack("mine")]
     assert len(names(store)) == 2
 
 
@@ -204,7 +209,7 @@ def test_each_damaged_entry_is_named_and_the_others_are_kept(at: int, count: int
         found = walk(store, Log(store, keys, ANCHOR, ManualClock(), NULL_SINK))
         assert [damage.object for damage in found.damage] == [entry_name(at)]
         assert found.lost
-        assert set(found.state.packs) == {f"pack{number}" for number in range(count) if number != at - 1}
+        assert set(found.state.packs) == {pack(f"pack{number}") for number in range(count) if number != at - 1}
 
 
 @pytest.mark.parametrize("keys", [None, KEYS], ids=["plain", "sealed"])
@@ -261,7 +266,7 @@ def test_a_whole_entry_of_another_history_breaks_the_chain_and_is_named(at: int)
         open_log(store)
     found = walk(store, Log(store, None, ANCHOR, ManualClock(), NULL_SINK))
     assert [damage.object for damage in found.damage] == [entry_name(at)]
-    assert not any(name.startswith("foreign") for name in found.state.packs)
+    assert not any(bytes.fromhex(name).startswith(b"foreign") for name in found.state.packs)
 
 
 def test_a_replaced_format_is_blamed_and_not_the_entries() -> None:
@@ -299,11 +304,11 @@ def test_a_state_saves_reading_and_a_damaged_one_costs_nothing(keys: seal.Keys |
 def test_a_state_that_lies_is_found_out_by_folding() -> None:
     store = MemoryStore()
     mine = fill(store, log.STATE_EVERY)
-    mine.state.packs["invented"] = PackRef("invented", 1, 1)
+    mine.state.packs[pack("invented")] = PackRef(pack("invented"), 1, 1)
     mine.save_state()
     found = walk(store, open_log(store))
     assert [damage.object for damage in found.damage] == [f"state/{log.STATE_EVERY:020d}"]
-    assert "invented" not in found.state.packs
+    assert pack("invented") not in found.state.packs
 
 
 def test_a_state_under_another_number_is_not_used() -> None:
@@ -339,3 +344,34 @@ def test_an_unreadable_body_is_named_and_later_kinds_are_let_through() -> None:
     with pytest.raises(Corrupt, match="log entry 3"):
         open_log(store)
     assert [damage.object for damage in walk(store, mine).damage] == [entry_name(3)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "forged"),
+    [
+        ("packs", {"packs": [{"name": "../../x", "bytes": 1, "chunks": 1}]}),
+        ("packs", {"packs": [{"name": "a" * 64, "bytes": -1, "chunks": 1}]}),
+        ("condemn", {"packs": [{"name": "", "bytes": 1, "chunks": 1}]}),
+        ("snapshot", {"snapshot": {"id": "../../../home", "kind": "backup", "name": "x", "time": ""}}),
+        (
+            "snapshot",
+            {"snapshot": {"id": "a" * 32, "kind": "backup", "name": "x", "time": "", "manifest": [["zz", 1]]}},
+        ),
+        ("key", {"action": "rotate", "slot": "../x", "epoch": 2}),
+        ("key", {"action": "rotate", "slot": "", "epoch": 1 << 40}),
+        ("sweep", {"packs": 5}),
+    ],
+)
+def test_names_that_could_lead_elsewhere_are_never_folded(kind: str, forged: dict[str, Any]) -> None:
+    entry = records.LogEntry(1, "", "", "", "", kind, forged)
+    with pytest.raises(Corrupt):
+        State(0, "").apply(entry, "")
+
+
+def test_a_sweep_takes_only_what_was_condemned() -> None:
+    store = MemoryStore()
+    mine = open_log(store)
+    mine.append(PACKS, body("live"))
+    mine.append("sweep", lambda state: {"packs": [pack("live")]})
+    assert pack("live") in mine.state.packs
+    assert mine.swept == set()

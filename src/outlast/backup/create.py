@@ -66,8 +66,8 @@ def create(
     stop the backup: they are counted, named in the report and marked in the manifest.
 
     Raises `InvalidInput` (no source exists, a name or tag is no text), `StoreFull`, `Unavailable`.
-    Whatever it raises, and whenever it is killed, committed snapshots are untouched and what was
-    uploaded is used next time.
+    Whatever it raises, and whenever it is killed, committed snapshots are untouched. What was uploaded
+    is used next time; of what a kill -9 or a power cut ended, what was committed on the way, every GiB.
     """
     started = repository.clock.monotonic_seconds()
     if isinstance(sources, bytes | str):

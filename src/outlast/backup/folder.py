@@ -237,13 +237,20 @@ def begin_writeback(fd: int, offset: int, length: int) -> None:
         call(fd, ctypes.c_int64(offset), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
 
 
-def sync_everything(folder: Folder) -> None:
-    """Make every byte and name below the folder durable: syncfs(2), or fsync of one after the other."""
+def sync_at_once(folder: Folder) -> bool:
+    """Make the whole file system of the folder durable by one call, syncfs(2); False where there is none."""
     call = getattr(_system(), "syncfs", None)
-    if call is not None:
-        if call(folder.fd) != 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), folder.path)
+    if call is None:
+        return False
+    if call(folder.fd) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), folder.path)
+    return True
+
+
+def sync_everything(folder: Folder) -> None:
+    """Make every byte and name below the folder durable: at once, or by fsync of one after the other."""
+    if sync_at_once(folder):
         return
     for _, _, names, fd in os.fwalk(b".", dir_fd=folder.fd):
         for name in names:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 
-from outlast.backup.folder import PRIVATE, Folder, Metadata
+from outlast.backup.folder import PRIVATE, Folder, Metadata, sync_at_once
 from outlast.backup.restore_plan import RestorePlan, Selected, batches, kept_already, kept_name
 from outlast.errors import Corrupt
+
+FOLDERS_FEW = 16
+"""up to here they are synced one by one"""
 
 
 def merge(plan: RestorePlan, entries: Iterator[Selected], skipped: Container[bytes], metadata: Metadata) -> int:
@@ -37,8 +40,7 @@ def merge(plan: RestorePlan, entries: Iterator[Selected], skipped: Container[byt
                 metadata.put_on_file(fd, entry)
             finally:
                 os.close(fd)
-        for folder in sorted(touched):
-            _sync(target, folder)
+        _sync(target, touched)
     return step.kept_files
 
 
@@ -46,8 +48,7 @@ def make_durable(plan: RestorePlan, entries: Iterator[Selected], skipped: Contai
     """See to it that names last which are right: a restore that was killed may have given them and not synced."""
     with Folder(plan.target) as target:
         for batch in batches(entries):
-            for folder in sorted(_folders(each for each in batch if each[0] not in skipped and each[0] != b".")):
-                _sync(target, folder)
+            _sync(target, _folders(each for each in batch if each[0] not in skipped and each[0] != b"."))
 
 
 def _folders(entries: Iterable[Selected]) -> set[bytes]:
@@ -60,12 +61,16 @@ def _folders(entries: Iterable[Selected]) -> set[bytes]:
     return found
 
 
-def _sync(target: Folder, folder: bytes) -> None:
-    fd = target.open_file(folder or b".", os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _sync(target: Folder, folders: Collection[bytes]) -> None:
+    """Make the names in these folders durable."""
+    if len(folders) > FOLDERS_FEW and sync_at_once(target):
+        return
+    for folder in sorted(folders):
+        fd = target.open_file(folder or b".", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 class _Merge:
@@ -94,8 +99,7 @@ class _Merge:
                 continue  # no hard links here: it is renamed when its turn has come
             self._kept.add(raw)
             self.kept_files += 1
-        for folder in sorted({raw.rpartition(b"/")[0] for raw in self._kept}):
-            _sync(self._target, folder)
+        _sync(self._target, {raw.rpartition(b"/")[0] for raw in self._kept})
 
     def _kept_name(self, raw: bytes) -> bytes:
         return kept_name(os.path.join(self._plan.target, raw), self._plan.stamp).rpartition(b"/")[2]
@@ -142,4 +146,4 @@ class _Merge:
         name, at = self._target.place(raw)
         os.rename(name, self._kept_name(raw), src_dir_fd=at, dst_dir_fd=at)
         self.kept_files += 1
-        _sync(self._target, raw.rpartition(b"/")[0])
+        _sync(self._target, [raw.rpartition(b"/")[0]])

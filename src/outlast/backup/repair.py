@@ -9,7 +9,6 @@ from outlast.repo import formats
 from outlast.repo.check import Checker, CheckReport, Examined
 from outlast.repo.content import Content, RecentChunks
 from outlast.repo.formats import Tensor
-from outlast.repo.layout import DTYPE_BITS
 from outlast.repo.references import HurtFile
 from outlast.repo.repair import Mended, Origin, quarantine, rebuild_segments, rescue, store_again
 from outlast.repo.repository import Repository, chunk_offsets
@@ -137,13 +136,5 @@ def _lost_file(view: Repository, hurt: HurtFile, lost: dict[bytes, int]) -> Lost
 
 
 def _touches(tensor: Tensor, gaps: list[tuple[int, int]]) -> bool:
-    end = tensor.offset + _reach_bytes(tensor)
+    end = tensor.offset + tensor.reach_bytes
     return any(tensor.offset < offset + length and offset < end for offset, length in gaps)
-
-
-def _reach_bytes(tensor: Tensor) -> int:
-    """From its first byte to behind its last one in the file."""
-    if tensor.strides is None or not tensor.length:
-        return tensor.length
-    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
-    return (steps + 1) * DTYPE_BITS[tensor.dtype] // 8

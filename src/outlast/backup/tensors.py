@@ -91,6 +91,7 @@ def restore_tensors(
                     if not kept:
                         kept = kept_name(path, stamp_text(repository.clock.now_ns()))
                         _keep(path, kept)
+                    sync_folder(os.path.dirname(path))  # before the name is given to what is new
                     stage.safe = f"What was there is kept as {shown(kept)}."
                 os.rename(temporary, path)
                 stage.safe = f"{shown(path)} is restored as a whole."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Literal, cast
@@ -11,7 +10,7 @@ import click
 
 from outlast.cli.command import CORRUPT, Call, Command
 from outlast.cli.passphrase import FROM_VARIABLE, Secret, source_secret
-from outlast.cli.text import count_text, duration_text, path_shown, printable, short_id, size_text
+from outlast.cli.text import count_text, duration_text, path_shown, printable, short_id, size_text, span_seconds
 from outlast.errors import InvalidInput, WrongKey
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from outlast.repo.check import CheckReport, Damage
 
 _ITEMS_SHOWN = 10
-_DURATION = re.compile(r"(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,6})s)?")
 
 Share = Literal["all", "none"] | float
 
@@ -60,7 +58,7 @@ def check(
     import msgspec
 
     share = _share(data if data is not None else "all" if repair or max_time else "none")
-    seconds = None if max_time is None else _seconds(max_time)
+    seconds = None if max_time is None else span_seconds("--max-time", max_time)
     _refuse_senseless(share, seconds, repair=repair, source=source)
     if repair:
         secret = cache(source_secret(from_passphrase_file, from_passphrase_command))
@@ -167,7 +165,7 @@ def _age_lines(report: CheckReport) -> Iterator[str]:
         yield f"All data was last verified between {since} and today."
     else:
         done = f"{size_text(report.bytes_verified)} of {size_text(report.bytes)}"
-        yield f"Of the data {done} was verified between {since} and today; the rest never was, or is damaged."
+        yield f"Of the data {done} was verified between {since} and today; the rest was not, or is damaged."
 
 
 def _keyless_lines(report: CheckReport) -> Iterator[str]:
@@ -246,15 +244,3 @@ def _share(text: str) -> Share:
             hint="Write all, none or a percentage such as 10%.",
         )
     return share
-
-
-def _seconds(text: str) -> float:
-    parts = _DURATION.fullmatch(text)
-    hours, minutes, seconds = (int(part or 0) for part in parts.groups()) if parts else (0, 0, 0)
-    total = 3600 * hours + 60 * minutes + seconds
-    if not total:
-        raise InvalidInput(
-            f"--max-time {text!r} can't be understood; nothing was read.",
-            hint="Write hours, minutes and seconds, for example 30s, 10m, 2h or 1h30m.",
-        )
-    return total

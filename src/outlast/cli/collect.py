@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from outlast.cli.command import Argument, Call, Command
-from outlast.cli.text import count_text, duration_text, printable, short_id, size_text, table, time_text
+from outlast.cli.text import count_text, duration_text, printable, short_id, size_text, span_seconds, table, time_text
 from outlast.errors import InvalidInput, Refused
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def _of(count: int, every: int) -> str:
     metavar="N%",
     default="50%",
     show_default=True,
-    help="Stop, with exit code 21, when more than this share of all bytes would go.",
+    help="Stop, with exit code 21, when more than this share of all bytes would newly be given up.",
 )
 @click.option(
     "--grace",
@@ -199,9 +199,8 @@ def prune(call: Call, max_unused: str, max_delete: str, grace: str, dry_run: boo
 
     from outlast.repo import prune as pruning
     from outlast.repo.prune_plan import Policy
-    from outlast.repo.retention import duration_seconds
 
-    grace_seconds = 0.0 if grace.strip() == "0" else duration_seconds(grace)
+    grace_seconds = 0 if grace.strip() == "0" else span_seconds("--grace", grace)
     policy = Policy(_share("--max-unused", max_unused), _share("--max-delete", max_delete), grace_seconds)
     repository = call.repository()
     if dry_run:
@@ -246,7 +245,11 @@ def _prune_plan_lines(plan: PrunePlan, refusal: str) -> Iterator[str]:
     groups: dict[tuple[str, str], list[int]] = {}
     for each in decided.decisions:
         reason = "only part of it is needed" if each.action == "repack" else each.reason or "it is needed"
-        groups.setdefault((each.action, reason), []).append(each.bytes)
+        groups.setdefault((_WORDS[each.action], reason), []).append(each.bytes)
+    rewriting = decided.of("repack")
+    given_up = sum(each.bytes for each in [*rewriting, *decided.of("condemn")])
+    needed = size_text(sum(each.needed_bytes for each in rewriting))
+    rewritten = f", {needed} of it written anew" if rewriting else ""
     yield from table(
         ("ACTION", "PACKS", "BYTES", "REASON"),
         (
@@ -256,11 +259,21 @@ def _prune_plan_lines(plan: PrunePlan, refusal: str) -> Iterator[str]:
         right="PACKS BYTES",
     )
     yield (
-        f"Would give up {size_text(decided.bytes_freed)} of {size_text(decided.bytes_total)}, and delete "
+        f"Would give up {size_text(given_up)} of {size_text(decided.bytes_total)}{rewritten}, and delete "
         f"{size_text(sum(each.bytes for each in decided.of('sweep')))} that was given up before. Nothing was changed."
     )
     if refusal:
         yield f"It would be refused: {refusal}"
+
+
+_WORDS = {
+    "keep": "keep",
+    "repack": "rewrite",
+    "condemn": "give up",
+    "wait": "wait",
+    "sweep": "delete",
+    "rescue": "take back",
+}
 
 
 def _prune_lines(report: PruneReport, grace: str) -> Iterator[str]:
@@ -270,11 +283,19 @@ def _prune_lines(report: PruneReport, grace: str) -> Iterator[str]:
         yield f"Took back {count_text(report.rescued, 'pack')} that had been given up but are needed."
     if report.condemned:
         yield f"Gave up {count_text(report.condemned, 'pack')}, {size_text(report.bytes_condemned)}."
-    yield f"Deleted {count_text(report.swept, 'pack')}, {size_text(report.bytes_freed)}."
+    if report.swept or report.condemned or report.waiting:
+        yield f"Deleted {count_text(report.swept, 'pack')}, {size_text(report.bytes_freed)}."
+    else:
+        yield "Nothing to prune."
     if report.waiting:
         yield (
             f"Given up and still readable: {count_text(report.waiting, 'pack')}, {size_text(report.bytes_waiting)}. "
             f"A prune that runs {grace} after they were given up deletes them."
+        )
+    if report.unnamed:
+        yield (
+            f"Kept, though no commit names them yet: {count_text(report.unnamed, 'pack')}, "
+            f"{size_text(report.bytes_unnamed)}, of a backup that is running or was cut short."
         )
     if report.extended:
         yield f"The lock of {count_text(report.extended, 'object')} was extended."

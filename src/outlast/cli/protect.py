@@ -162,7 +162,7 @@ def _snapshot_lines(found: list[Snapshot]) -> Iterator[str]:
         (
             (
                 short_id(each.id),
-                time_text(each.time),
+                printable(time_text(each.time)),
                 printable(each.name),
                 f"{each.files:,}",
                 size_text(each.bytes),

@@ -170,6 +170,12 @@ def log(call: Call, limit: int | None, name: str | None, kind: str | None) -> in
 
     Entries that are damaged or missing are named in their place, whatever is asked for.
     """
+    from outlast.repo.state import KINDS
+
+    if kind is not None and kind not in KINDS:
+        raise InvalidInput(
+            f"there is no kind of entry {kind!r}; nothing was read.", hint=f"Known are {', '.join(KINDS)}."
+        )
     told = list(_history(call.connected(), name, kind))
     is_damaged = any("damaged" in row for row in told)
     shown = told[-limit:] if limit else told

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
+
+from outlast.errors import InvalidInput
 
 ID_CHARACTERS = 8
 
@@ -117,3 +120,22 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: str = "")
 
 def shape_text(shape: Iterable[int]) -> str:
     return f"[{', '.join(str(dimension) for dimension in shape)}]"
+
+
+_SPAN = re.compile(r"(?:([0-9]{1,6})d)?(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,6})s)?")
+
+
+def span_seconds(option: str, text: str) -> int:
+    """How long a span of time is; here `m` are minutes. Raises `InvalidInput`.
+
+    >>> span_seconds("--grace", "1d12h")
+    129600
+    """
+    parts = _SPAN.fullmatch(text.strip())
+    if parts is None or not any(parts.groups()):
+        raise InvalidInput(
+            f"{option} {text!r} can't be understood; nothing was done.",
+            hint="Write days, hours, minutes and seconds, for example 30s, 10m, 2h or 1d12h.",
+        )
+    days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
+    return 86400 * days + 3600 * hours + 60 * minutes + seconds

@@ -11,11 +11,10 @@ import msgspec
 from outlast.errors import Corrupt, NotFound
 from outlast.records import LogEntry
 from outlast.repo import seal
-from outlast.repo.log import ENTRY_BYTES_MAX, Log, entry_name, state_name
+from outlast.repo.log import ENTRY_BYTES_MAX, STATE_BYTES_MAX, Log, entry_name, state_name
 from outlast.repo.state import State
 from outlast.store.base import ObjectStore
 
-STATE_BYTES_MAX = 1 << 30
 _DERIVED = "it is derived from the log and its loss costs nothing: delete it"
 
 

@@ -31,7 +31,7 @@ from outlast.repo import chain, seal
 from outlast.repo.form import OBJECT_BYTES_MAX
 from outlast.repo.index import Index, footer_rows, indexed_pack, read_segment
 from outlast.repo.keyring import Secret, read_slot
-from outlast.repo.log import entry_name
+from outlast.repo.log import ENTRY_BYTES_MAX, entry_name
 from outlast.repo.pack import object_name
 from outlast.repo.references import Findings, Needs, References
 from outlast.repo.repository import SEGMENT_BYTES_MAX, Repository
@@ -138,10 +138,6 @@ class Examined(msgspec.Struct):
     needs: Needs
 
 
-class _NothingLeft(Exception):
-    """All that was to be committed has become untrue."""
-
-
 class Checker:
     """Looks at a repository, again if need be; payloads that were found sound are not read twice."""
 
@@ -185,6 +181,9 @@ class Checker:
                     self._found_bad[checked.ref.name] = checked
                 else:
                     self._proven.add(checked.ref.name)
+        for name, when in look.view.state.damaged.items():
+            if name not in self._read:
+                look.not_read_again(name, when)
         found = look.end(collect=self._for_repair)
         found.report.bytes_read = self._scrub.bytes_read
         found.report.packs_unread = len(look.good - self._read)
@@ -204,15 +203,14 @@ class Checker:
         return [Task(ref, sizes.get(object_name(ref.name)), ref.name in wanted) for ref in refs]
 
     def record(self, found: Examined) -> bool:
-        """Commit which packs were read whole and are sound. Not being able to is no failure."""
-        names = sorted(self._proven)
-        if not names or not found.log_is_whole:
+        """Commit which packs were read whole and are sound, and which are not. Not being able to is no failure."""
+        names, damaged = sorted(self._proven), sorted(found.damaged_packs)
+        if not self._read or not found.log_is_whole:
             return False
         try:
-            for at in range(0, len(names), _NAMES_MAX):
-                _record(found.view, names[at : at + _NAMES_MAX])
-        except _NothingLeft:
-            return False
+            for at in range(0, max(len(names), len(damaged)), _NAMES_MAX):
+                if not _record(found.view, names[at : at + _NAMES_MAX], damaged[at : at + _NAMES_MAX]):
+                    return False
         except OutlastError as exc:
             what = "what was verified could not be recorded, so the next check doesn't know of it"
             self._repository.sink.event(Event("check.not_written", f"{what}: {exc.message}"))
@@ -229,14 +227,13 @@ class Checker:
         report.verified_since = min((times[name] for name in sound), default="")
 
 
-def _record(view: Repository, names: list[str]) -> None:
-    def body(state: State) -> dict[str, Any]:
-        live = [name for name in names if name in state.packs]
-        if not live:
-            raise _NothingLeft
-        return {"packs": live}
+def _record(view: Repository, sound: list[str], damaged: list[str]) -> bool:
+    def body(state: State) -> dict[str, Any] | None:
+        live = [name for name in sound if name in state.packs]
+        hurt = [name for name in damaged if name in state.packs]
+        return ({"packs": live, "damaged": hurt} if hurt else {"packs": live}) if live or hurt else None
 
-    view.log.append(VERIFIED, body)
+    return view.log.append(VERIFIED, body) is not None
 
 
 def _may_be_outdated(look: _Look) -> bool:
@@ -245,6 +242,8 @@ def _may_be_outdated(look: _Look) -> bool:
     try:
         while True:
             seq += 1
+            if look.view.store.stat(entry_name(seq)).size_bytes > ENTRY_BYTES_MAX:
+                return False
             entry = look.view.log.parse(look.view.store.get(entry_name(seq)), seq)
             if entry.kind in (FORGET, SWEEP, QUARANTINE, KEY):
                 return True
@@ -292,6 +291,11 @@ class _Look:
     def _derived_problem(self, name: str, problem: str, state: State) -> None:
         if name not in state.ignored:
             self._findings.problem(name, problem)
+
+    def not_read_again(self, pack: str, when: str) -> None:
+        """An earlier check found it damaged. What that costs can't be told without reading it."""
+        problem = f"It was damaged when its data was read on {when[:10]}, and was not read now."
+        self._findings.problem(object_name(pack), problem)
 
     def end(self, *, collect: bool) -> Examined:
         view, findings = self.view, self._findings

@@ -40,10 +40,6 @@ class ForgetReport(msgspec.Struct, frozen=True):
     """the number of the log entry; 0 where none was needed"""
 
 
-class _NothingLeft(Exception):
-    """All of it is gone already, so there is nothing to commit."""
-
-
 def plan(
     repository: Repository, *, name: str | None = None, policy: Policy | None = None, ids: Sequence[str] = ()
 ) -> ForgetPlan:
@@ -82,10 +78,10 @@ def execute(repository: Repository, plan: ForgetPlan, *, allow_empty: bool = Fal
     """
     planned = [snapshot.id for snapshot in plan.forgotten()]
 
-    def body(state: State) -> dict[str, Any]:
+    def body(state: State) -> dict[str, Any] | None:
         present = [each for each in planned if each in state.snapshots]
         if not present:
-            raise _NothingLeft
+            return None
         refusal = _refusal(state, set(present))
         if refusal and not allow_empty:
             raise Refused(
@@ -94,9 +90,8 @@ def execute(repository: Repository, plan: ForgetPlan, *, allow_empty: bool = Fal
             )
         return {"snapshots": present}
 
-    try:
-        entry = repository.log.append(FORGET, body)
-    except _NothingLeft:
+    entry = repository.log.append(FORGET, body)
+    if entry is None:
         return ForgetReport((), tuple(planned))
     repository.log.save_state()
     forgotten = tuple(entry.body["snapshots"])

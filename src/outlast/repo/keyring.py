@@ -256,7 +256,7 @@ def rotate(repository: Repository) -> KeyChange:
     def attempt() -> KeyChange:
         base = repository.state.epoch
         opened = _open_slots(repository.store, repository.format.id, passphrase)
-        own = [each for each in opened if each.keys]
+        own = [each for each in opened if each.keys and repository.state.slots.get(each.id) != 0]
         if not own:
             raise WrongKey("this passphrase opens no key of the repository; nothing was changed.")
         _refuse_too_many(opened)
@@ -266,7 +266,12 @@ def rotate(repository: Repository) -> KeyChange:
         wider.epochs[epoch] = keys.epochs[epoch] = repository.clock.random_bytes(seal.KEY_BYTES)
         slot = _write_slot(repository.store, wider, passphrase, name, repository.clock)
         old = _superseded(opened, epoch)
-        _commit(repository, "rotate", slot, name, epoch, old, lambda state: state.epoch == base)
+
+        def is_still_right(state: State) -> bool:
+            """A passphrase that was taken away meanwhile must not come back with the new key."""
+            return state.epoch == base and any(state.slots.get(each.id) != 0 for each in own)
+
+        _commit(repository, "rotate", slot, name, epoch, old, is_still_right)
         others = [each for each in opened if each.keys is None]
         return KeyChange(slot, epoch, old, tuple(_slots(repository, others)))
 
@@ -329,7 +334,9 @@ def _reserve_epoch(repository: Repository) -> int:
     def body(state: State) -> dict[str, Any]:
         return {"action": "prepare", "epoch": state.epochs_given + 1}
 
-    return int(repository.log.append(KEY, body).body["epoch"])
+    entry = repository.log.append(KEY, body)
+    assert entry
+    return int(entry.body["epoch"])
 
 
 def _commit(

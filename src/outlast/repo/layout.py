@@ -51,6 +51,14 @@ class Tensor(msgspec.Struct, frozen=True):
     strides: tuple[int, ...] | None = None
     """in elements, only where the elements do not lie in row-major order end to end"""
 
+    @property
+    def reach_bytes(self) -> int:
+        """From the first element to the end of the last one in the file."""
+        if self.strides is None or not self.length:
+            return self.length
+        steps = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        return (steps + 1) * DTYPE_BITS[self.dtype] // 8
+
 
 class Window:
     """Reads of a file of known size that keeps the last piece read, to answer small requests from it."""

@@ -31,7 +31,7 @@ from outlast.repo.state import KEY, SWEEP, State
 from outlast.store.base import ObjectStore
 
 ENTRY_BYTES_MAX = 256 << 20
-_STATE_BYTES_MAX = 1 << 30
+STATE_BYTES_MAX = 1 << 30
 STATE_EVERY = 64
 _APPEND_TRIES = 10
 _READ_AHEAD = 256
@@ -71,9 +71,13 @@ class Log:
     def encrypted(self) -> bool:
         return self._keys is not None
 
-    def load(self) -> None:
-        """Read the newest usable state and every entry after it."""
-        self.state = self._newest_state() or State(0, self.anchor)
+    def load(self, *, from_states: bool = True) -> None:
+        """Read the newest usable state and every entry after it; with `from_states=False` every entry there is.
+
+        A state is believed to save time. Whoever can write to the store could make a false one, so what
+        leads to deleting anything goes by the entries alone.
+        """
+        self.state = (self._newest_state() if from_states else None) or State(0, self.anchor)
         self._state_seq = self.state.seq
         if self._keys is not None:
             self._keys.use(self.state.epoch)
@@ -95,8 +99,11 @@ class Log:
                 break
             fresh.append(self._fold(data))
         while True:
+            name = entry_name(self.state.seq + 1)
             try:
-                data = self._store.get(entry_name(self.state.seq + 1))
+                if self._store.stat(name).size_bytes > ENTRY_BYTES_MAX:
+                    raise Corrupt(f"{name} is far too large to be a log entry.", hint=_MISSING_HINT)
+                data = self._store.get(name)
             except NotFound:
                 break
             fresh.append(self._fold(data))
@@ -147,11 +154,11 @@ class Log:
         return entry
 
     def _apply(self, entry: LogEntry, data: bytes) -> None:
+        condemned = set(self.state.condemned) if entry.kind == SWEEP else set()
         self.state.apply(entry, seal.digest(data).hex())
         if self._keys is not None:
             self._keys.use(self.state.epoch)
-        if entry.kind == SWEEP:
-            self.swept.update(entry.body["packs"])
+        self.swept |= condemned - self.state.condemned.keys()
 
     def parse(self, data: bytes, seq: int) -> LogEntry:
         """Decode the stored bytes of entry `seq`; `Corrupt` names it.
@@ -172,10 +179,11 @@ class Log:
             self._keys.use(epoch if isinstance(epoch, int) else 0)  # what comes next is sealed under it
         return entry
 
-    def append(self, kind: str, make_body: Callable[[State], dict[str, Any]]) -> LogEntry:
+    def append(self, kind: str, make_body: Callable[[State], dict[str, Any] | None]) -> LogEntry | None:
         """Commit an entry. `make_body` is asked again with the new state each time another got in first.
 
-        It must not read chunks: that may read the log on, past the state that it was asked for.
+        Where it gives None nothing is left to say, and nothing is committed. It must not read chunks: that
+        may read the log on, past the state that it was asked for.
 
         Raises `Unavailable` when the store stays out of reach; then nothing is known to be committed,
         and an entry with our write id, should it appear, is whole. `Corrupt` when the log is damaged.
@@ -185,13 +193,15 @@ class Log:
         with self._lock:
             return self._append(kind, make_body)
 
-    def _append(self, kind: str, make_body: Callable[[State], dict[str, Any]]) -> LogEntry:
+    def _append(self, kind: str, make_body: Callable[[State], dict[str, Any] | None]) -> LogEntry | None:
         write_id = self._clock.random_bytes(16).hex()
         failure: OutlastError | None = None
         for attempt in range(_APPEND_TRIES):
             before = self.state.seq
             body = make_body(self.state)
             assert self.state.seq == before, "an entry would follow a state that it was not made for"
+            if body is None:
+                return None
             entry = self._entry(kind, body, write_id)
             name, data = entry_name(entry.seq), self._encode(entry)
             try:
@@ -200,12 +210,12 @@ class Log:
                 if isinstance(exc, Unavailable) and not exc.retryable:
                     raise
                 failure = exc
+                self._clock.sleep(0.02 * 2**attempt * (1 + self._clock.random_bytes(1)[0] / 256))
                 # Our entry may be there already (a lost reply), or land while we look: every entry
                 # that appears from here on is compared by write id, so it is never committed twice.
                 for other in self.refresh():
                     if other.write_id == write_id:
                         return other
-                self._clock.sleep(0.02 * 2**attempt * (1 + self._clock.random_bytes(1)[0] / 256))
                 continue
             self._apply(entry, data)
             return entry
@@ -251,9 +261,12 @@ class Log:
     def _newest_state(self) -> State | None:
         for info in sorted(self._store.list("state/"), key=lambda info: info.name, reverse=True):
             try:
-                if info.size_bytes > _STATE_BYTES_MAX:
+                if info.size_bytes > STATE_BYTES_MAX:
                     raise Corrupt(f"{info.name} is far too large to be a state.")
-                return self.read_state(info.name)
+                state = self.read_state(info.name)
+                if self._keys is not None and state.epoch != max(self._keys.epochs):
+                    raise Corrupt("it is from before the keys were rotated")
+                return state
             except (Corrupt, NotFound) as exc:
                 self._sink.event(
                     Event(
@@ -266,9 +279,13 @@ class Log:
     def read_state(self, name: str) -> State:
         """A state object; `Corrupt` unless it is whole and its head is the hash of that entry as it is now."""
         data = self._store.get(name)
+        epoch = None
         if self._keys is not None:
-            data = seal.open_object(self._keys, name, data)
+            data, epoch = seal.open_object(self._keys, name, data), seal.sealed_epoch(data)
         state = records.parse_object(data, State, name)
+        state.validate()
+        if epoch is not None and epoch != state.epoch:
+            raise Corrupt(f"{name} is sealed with data key epoch {epoch}, not {state.epoch}.")
         if (
             name != state_name(state.seq)
             or seal.digest(self._store.get(entry_name(state.seq))).hex() != state.head_hash

@@ -20,14 +20,15 @@ from typing import Any
 
 import msgspec
 
-from outlast.errors import Corrupt, NotFound, OutlastError, Refused
+from outlast.errors import Corrupt, OutlastError, Refused
 from outlast.events import Event
 from outlast.records import PackRef, Snapshot
+from outlast.repo.index import Location
 from outlast.repo.log import entry_name
 from outlast.repo.needs import needed_chunks
 from outlast.repo.pack import RECORD, object_name
 from outlast.repo.prune_plan import Decided, PackFacts, Place, Policy, decide
-from outlast.repo.repack import repack
+from outlast.repo.repack import repack, unreadable
 from outlast.repo.repository import Repository
 from outlast.repo.seal import ID_BYTES
 from outlast.repo.state import CONDEMN, PACKS, SWEEP, Condemned, State
@@ -37,6 +38,8 @@ from outlast.store.lock import LockingStore
 
 _CLOCK = "clock"
 _TRIES = 5
+_PACKS_AT_ONCE = 256
+"""so many are proven together: their chunks are held in memory, some 500 bytes each"""
 _HINT_DAMAGED = "`outlast check` names what is damaged; `outlast check --repair` may mend it, or forget the snapshot."
 
 
@@ -64,6 +67,9 @@ class PruneReport(msgspec.Struct):
     rescued: int = 0
     waiting: int = 0
     bytes_waiting: int = 0
+    unnamed: int = 0
+    """young packs that no entry names yet"""
+    bytes_unnamed: int = 0
     segments: int = 0
     extended: int = 0
     """objects whose Object Lock was extended"""
@@ -82,10 +88,6 @@ class _NewSnapshots(Exception):
         self.snapshots = snapshots
 
 
-class _NothingLeft(Exception):
-    """Of what was to be committed nothing is left."""
-
-
 def plan(repository: Repository, policy: Policy | None = None, *, dry_run: bool = False) -> PrunePlan:
     """Decide about every pack. Changes nothing, but for the object `clock`, which asks the store for the time.
 
@@ -93,10 +95,13 @@ def plan(repository: Repository, policy: Policy | None = None, *, dry_run: bool 
     what a snapshot needs.
     """
     policy = policy or Policy()
+    repository.log.load(from_states=False)
     repository.refresh()
     state = repository.state
     index = repository.load_index()
-    usage = Usage(index, exclude=state.condemned, damaged=state.quarantined, among=state.readable_packs())
+    usage = Usage(
+        index, exclude=state.condemned, damaged={*state.quarantined, *state.damaged}, among=state.readable_packs()
+    )
     unknown: list[bytes] = []
     try:
         needed_chunks(repository, repository.snapshots(), lambda ids: unknown.extend(usage.mark(ids)))
@@ -160,9 +165,13 @@ def prune(repository: Repository, policy: Policy | None = None) -> PruneReport:
     started = repository.clock.monotonic_seconds()
     policy = policy or Policy()
     report = PruneReport()
-    _plan_and_execute(repository, policy, report)
-    if policy.grace_seconds <= 0 and repository.state.condemned:
+    try:
         _plan_and_execute(repository, policy, report)
+        if policy.grace_seconds <= 0 and repository.state.condemned:
+            _plan_and_execute(repository, policy, report)
+    except Refused:
+        _extend_locks(repository)  # what is kept because too much would go must not lose its lock for that
+        raise
     report.extended = _extend_locks(repository)
     report.seconds = repository.clock.monotonic_seconds() - started
     return report
@@ -196,28 +205,31 @@ def execute(repository: Repository, planned: PrunePlan, report: PruneReport) -> 
             hint="If that is what you want, say so with a higher --max-delete; `--dry-run` shows the plan.",
         )
     decided = planned.decided
+    swept_before = report.swept
     due = {each.pack for each in decided.of("sweep")}
     needed_still = _unproven(repository, planned.usage, due)
     rescued = needed_still | {each.pack for each in decided.of("rescue")}
     _rescue(repository, rescued, report)
     _sweep(repository, due - needed_still, report)
-    wanted = {each.pack: planned.usage.used(each.pack) for each in decided.of("repack")}
-    done = repack(repository, wanted)
+    done = repack(repository, ((each.pack, planned.usage.used(each.pack)) for each in decided.of("repack")))
     report.repacked += len(done.packs)
     report.bytes_repacked += done.bytes_written
     given_up = {each.pack for each in decided.of("condemn")} | done.packs
     _condemn(repository, planned, given_up, planned.live | rescued | done.written, report)
     waiting = repository.state.condemned.values()
     report.waiting, report.bytes_waiting = len(waiting), sum(each.bytes for each in waiting)
-    report.segments = tidy(repository, swept=report.swept > 0)
+    young = [each for each in planned.facts if each.place == "unnamed" and each.name not in given_up]
+    report.unnamed, report.bytes_unnamed = len(young), sum(each.bytes for each in young)
+    repository.log.save_state()
+    report.segments += tidy(repository, swept=report.swept > swept_before)
 
 
 def refusal(planned: PrunePlan) -> str:
     """Why the plan must not be carried out, or "": it gives up more than the policy lets go at once."""
     share, limit = planned.decided.share_freed, planned.policy.max_delete
-    if share <= limit:
+    if round(share, 3) <= limit:
         return ""
-    return f"{share:.0%} of the repository's bytes would go, more than the {limit:.0%} that --max-delete allows."
+    return f"{share:.1%} of the repository's bytes would go, more than the {limit:.1%} that --max-delete allows."
 
 
 def _extend_locks(repository: Repository) -> int:
@@ -235,18 +247,13 @@ def _rescue(repository: Repository, names: set[str], report: PruneReport) -> Non
     """Make packs live again that were condemned, though a snapshot needs what is in them."""
     back: list[str] = []
 
-    def body(state: State) -> dict[str, Any]:
+    def body(state: State) -> dict[str, Any] | None:
         back[:] = sorted((names & state.condemned.keys()) - repository.log.swept)
         if names - state.packs.keys() - set(back):
             raise Stale  # one was swept meanwhile: what it was needed for has to be elsewhere
-        if not back:
-            raise _NothingLeft
-        return {"packs": msgspec.to_builtins([state.find(name) for name in back])}
+        return {"packs": msgspec.to_builtins([state.find(name) for name in back])} if back else None
 
-    try:
-        repository.log.append(PACKS, body)
-    except _NothingLeft:
-        return
+    repository.log.append(PACKS, body)
     report.rescued += len(back)
 
 
@@ -256,13 +263,18 @@ def _unproven(repository: Repository, usage: Usage, names: set[str]) -> set[str]
     This is the last moment at which a chunk that was repacked, or stored twice, could be had from here.
     """
     unproven: set[str] = set()
-    for pack, chunk, kept in usage.spares(names):
-        try:
-            [stored] = repository.store.get_ranges(object_name(kept.pack.name), [(kept.offset, kept.stored_bytes)])
-            repository.open_chunk(chunk, kept, stored)
-        except (Corrupt, NotFound) as exc:
-            unproven.add(pack)
-            repository.sink.event(Event("pack.rescued", f"pack {pack[:16]} is kept after all: {exc.message}"))
+    ordered = sorted(names)
+    for at in range(0, len(ordered), _PACKS_AT_ONCE):
+        packs: dict[bytes, list[str]] = {}
+        kept: dict[bytes, Location] = {}
+        for pack, chunk, location in usage.spares(ordered[at : at + _PACKS_AT_ONCE]):
+            packs.setdefault(chunk, []).append(pack)
+            kept[chunk] = location
+        for chunk in unreadable(repository, kept.items()):
+            unproven.update(packs[chunk])
+    for pack in sorted(unproven):
+        what = f"pack {pack[:16]} is kept after all: what it holds can't be read at the place that was to stay."
+        repository.sink.event(Event("pack.rescued", what))
     return unproven
 
 
@@ -280,7 +292,7 @@ def _condemn(
     known = set(planned.snapshots)
     refs: list[PackRef] = []
 
-    def body(state: State) -> dict[str, Any]:
+    def body(state: State) -> dict[str, Any] | None:
         if any(name not in state.packs for name in relied_on) or any(
             name not in state.packs and name not in state.quarantined for name in planned.quarantined
         ):
@@ -295,9 +307,7 @@ def _condemn(
                 refs.append(PackRef(name, places[name].bytes, 0))
             elif ref is not None and places[name].place != "unnamed":
                 refs.append(ref)
-        if not refs:
-            raise _NothingLeft
-        return {"packs": msgspec.to_builtins(refs)}
+        return {"packs": msgspec.to_builtins(refs)} if refs else None
 
     while True:
         try:
@@ -306,8 +316,6 @@ def _condemn(
         except _NewSnapshots as new:
             listed.difference_update(_holders(repository, new.snapshots, listed))
             known.update(snapshot.id for snapshot in new.snapshots)
-        except _NothingLeft:
-            return
     report.condemned += len(refs)
     report.bytes_condemned += sum(ref.bytes for ref in refs)
 
@@ -333,15 +341,11 @@ def _sweep(repository: Repository, names: set[str], report: PruneReport) -> None
         return
     swept: list[Condemned] = []
 
-    def body(state: State) -> dict[str, Any]:
+    def body(state: State) -> dict[str, Any] | None:
         swept[:] = [state.condemned[name] for name in sorted(names & state.condemned.keys())]
-        if not swept:
-            raise _NothingLeft
-        return {"packs": [each.name for each in swept]}
+        return {"packs": [each.name for each in swept]} if swept else None
 
-    try:
-        repository.log.append(SWEEP, body)
-    except _NothingLeft:
+    if repository.log.append(SWEEP, body) is None:
         return
     repository.index.forget_packs(repository.log.swept)
     with ThreadPoolExecutor(repository.store.capabilities.concurrency) as threads:

@@ -79,7 +79,7 @@ def fetch(repository: Repository, chunks: Iterable[bytes], deliver: Deliver, fai
 
 
 def ranges(repository: Repository, chunks: Iterable[bytes], failed: Failed | None) -> Iterator[Range]:
-    """Neighbouring chunks joined: gaps up to `GAP_BYTES` are cheaper to read than to skip."""
+    """Where these chunks lie: gaps up to `GAP_BYTES` are cheaper to read than to skip."""
     located: dict[bytes, Location] = {}
     for chunk in chunks:
         if chunk in located:
@@ -90,7 +90,12 @@ def ranges(repository: Repository, chunks: Iterable[bytes], failed: Failed | Non
             if failed is None:
                 raise
             failed(chunk, exc)
-    ordered = sorted(located.items(), key=lambda item: (item[1].pack.name, item[1].offset))
+    yield from joined(located.items())
+
+
+def joined(located: Iterable[tuple[bytes, Location]]) -> Iterator[Range]:
+    """These chunks in order of pack and offset, those that lie close together in one range."""
+    ordered = sorted(located, key=lambda item: (item[1].pack.name, item[1].offset))
     current: Range | None = None
     for chunk, location in ordered:
         end = location.offset + location.stored_bytes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
@@ -10,10 +11,9 @@ from outlast.errors import Corrupt, NotFound
 from outlast.events import Event, Progress
 from outlast.repo.index import Location
 from outlast.repo.pack import EncodedChunk, object_name
+from outlast.repo.read import Range, joined
 from outlast.repo.repository import Repository
 from outlast.repo.write import Writer
-
-_RANGE_BYTES = 8 << 20
 
 Row = tuple[bytes, Location]
 """(chunk id, where it lies)"""
@@ -29,22 +29,20 @@ class Repacked(msgspec.Struct):
     damaged: list[bytes] = []
 
 
-def repack(repository: Repository, wanted: dict[str, list[Row]], *, partly: bool = False) -> Repacked:
-    """Store these chunks again, in new packs, and commit those.
+def repack(repository: Repository, wanted: Iterable[tuple[str, list[Row]]], *, partly: bool = False) -> Repacked:
+    """Store these chunks of these packs again, in new packs, and commit those.
 
     Each chunk is decoded and compared with its id on the way; it keeps its encoded form, and is sealed with
     the newest key. A pack with a damaged chunk is left out of the result, and with `partly` its other
     chunks are copied all the same. Raises `Unavailable`, `StoreFull`; then nothing is lost.
     """
     done = Repacked(set())
-    if not wanted:
-        return done
     writer = repository.writer()
     try:
-        for number, (pack, rows) in enumerate(wanted.items()):
-            if _copy(repository, writer, pack, rows, done, partly=partly):
+        for number, (pack, rows) in enumerate(wanted):
+            if _copy(repository, writer, rows, done, partly=partly):
                 done.packs.add(pack)
-            repository.sink.progress(Progress("repack", done_files=number + 1, total_files=len(wanted)))
+            repository.sink.progress(Progress("repack", done_files=number + 1))
         writer.finish()
     except BaseException:
         writer.abandon()
@@ -54,13 +52,29 @@ def repack(repository: Repository, wanted: dict[str, list[Row]], *, partly: bool
     return done
 
 
-def _copy(
-    repository: Repository, writer: Writer, pack: str, rows: Sequence[Row], done: Repacked, *, partly: bool
-) -> bool:
-    """Whether all of the rows were copied."""
+def unreadable(repository: Repository, rows: Iterable[Row]) -> list[bytes]:
+    """Those of the chunks that can't be read, or are not right, at these very places; read in parallel."""
+
+    def look(part: Range) -> list[bytes]:
+        found = []
+        for (chunk, location), stored in zip(part.chunks, _read(repository, part.pack, part.chunks), strict=True):
+            try:
+                if stored is None:
+                    raise Corrupt(f"chunk {chunk.hex()[:16]} can't be read.")
+                repository.open_chunk(chunk, location, stored)
+            except Corrupt:
+                found.append(chunk)
+        return found
+
+    with ThreadPoolExecutor(max(2, repository.store.capabilities.concurrency), thread_name_prefix="prove") as threads:
+        return [chunk for found in threads.map(look, joined(rows)) for chunk in found]
+
+
+def _copy(repository: Repository, writer: Writer, rows: Iterable[Row], done: Repacked, *, partly: bool) -> bool:
+    """Whether all of the rows, which are of one pack, were copied."""
     whole = True
-    for part in _ranges(rows):
-        for (chunk, location), stored in zip(part, _read(repository, pack, part), strict=True):
+    for part in joined(rows):
+        for (chunk, location), stored in zip(part.chunks, _read(repository, part.pack, part.chunks), strict=True):
             try:
                 if stored is None:
                     raise Corrupt(f"chunk {chunk.hex()[:16]} can't be read.")
@@ -68,7 +82,8 @@ def _copy(
             except Corrupt as exc:
                 whole = False
                 done.damaged.append(chunk)
-                repository.sink.event(Event("pack.damaged", f"pack {pack[:16]} can't be emptied: {exc.message}"))
+                what = f"pack {part.pack[:16]} can't be emptied: {exc.message}"
+                repository.sink.event(Event("pack.damaged", what, {"object": object_name(part.pack)}))
                 continue
             if whole or partly:
                 writer.store_again(EncodedChunk(chunk, location.codec, location.plain_bytes, bytes(encoded)))
@@ -76,27 +91,15 @@ def _copy(
     return whole
 
 
-def _read(repository: Repository, pack: str, part: Sequence[Row]) -> list[memoryview | None]:
+def _read(repository: Repository, pack: str, rows: Sequence[Row]) -> list[memoryview | None]:
     """The stored bytes of neighbouring rows; None for those that can't be had."""
-    start = part[0][1].offset
-    end = part[-1][1].offset + part[-1][1].stored_bytes
+    start = rows[0][1].offset
+    end = max(row.offset + row.stored_bytes for _, row in rows)
     try:
         [data] = repository.store.get_ranges(object_name(pack), [(start, end - start)])
     except (Corrupt, NotFound):
-        if len(part) == 1:
+        if len(rows) == 1:
             return [None]
-        return [_read(repository, pack, [row])[0] for row in part]
+        return [_read(repository, pack, [row])[0] for row in rows]
     view = memoryview(data)
-    return [view[row.offset - start : row.offset - start + row.stored_bytes] for _, row in part]
-
-
-def _ranges(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Rows in order of offset, in reads of about `_RANGE_BYTES`."""
-    part: list[Row] = []
-    for row in sorted(rows, key=lambda row: row[1].offset):
-        if part and row[1].offset + row[1].stored_bytes - part[0][1].offset > _RANGE_BYTES:
-            yield part
-            part = []
-        part.append(row)
-    if part:
-        yield part
+    return [view[row.offset - start : row.offset - start + row.stored_bytes] for _, row in rows]

@@ -49,10 +49,6 @@ class Mended(msgspec.Struct):
     bytes: int = 0
 
 
-class _NothingLeft(Exception):
-    """Nothing is left to set aside."""
-
-
 def rescue(found: Examined) -> Mended:
     """Store again what snapshots need and only damaged or given up packs hold. Raises `Unavailable`, `StoreFull`."""
     view, mended = found.view, Mended()
@@ -64,7 +60,7 @@ def rescue(found: Examined) -> Mended:
             location = left.pop(0)
             wanted.setdefault(location.pack.name, []).append((chunk, location))
             mended.failed[chunk] = location.plain_bytes
-        failed = set(repack(view, wanted, partly=True).damaged)
+        failed = set(repack(view, wanted.items(), partly=True).damaged)
         for chunk in copies.keys() - failed:
             mended.chunks += 1
             mended.bytes += mended.failed.pop(chunk)
@@ -149,15 +145,10 @@ def quarantine(view: Repository, packs: Collection[str], objects: Collection[str
     """Commit that these packs are damaged, and these derived objects. Gives those that were not set aside yet."""
     aside: tuple[list[str], list[str]] = [], []
 
-    def body(state: State) -> dict[str, Any]:
+    def body(state: State) -> dict[str, Any] | None:
         aside[0][:] = sorted(name for name in packs if name in state.packs)
         aside[1][:] = sorted(set(objects).difference(state.ignored))
-        if not any(aside):
-            raise _NothingLeft
-        return {"packs": aside[0], "objects": aside[1]}
+        return {"packs": aside[0], "objects": aside[1]} if any(aside) else None
 
-    try:
-        view.log.append(QUARANTINE, body)
-    except _NothingLeft:
-        return [], []
+    view.log.append(QUARANTINE, body)
     return aside

@@ -380,7 +380,7 @@ class Repository:
         return pack in self.state.packs or pack in self.own_packs
 
     def _is_present(self, name: str) -> bool:
-        if not self._is_live(name):
+        if not self._is_live(name) or name in self.state.damaged:
             return False
         present = self._present.get(name)
         if present is None:

@@ -33,7 +33,7 @@ def refuse_senseless(data: Data, max_seconds: float | None) -> None:
     if data not in ("all", "none") and not (isinstance(data, float | int) and 0 <= data <= 1):
         raise InvalidInput(f"{data!r} is not an amount of data to check.", hint="Say all, none or a part, as 5%.")
     if max_seconds is not None and not max_seconds > 0:
-        raise InvalidInput(f"{max_seconds!r} seconds are no time to read anything.")
+        raise InvalidInput(f"{max_seconds!r} seconds are no time to read anything; nothing was read.")
 
 
 def choose(refs: Sequence[PackRef], data: Data) -> list[PackRef]:

@@ -40,6 +40,8 @@ ARGON2_ITERATIONS = 3
 ARGON2_LANES = 4
 _ARGON2_MEMORY_KIB_MAX = 1 << 20
 _ARGON2_WORK_MAX = 64
+_ARGON2_TOTAL_KIB_MAX = 4 << 20
+"""memory written in all: some seconds for a slot, so that a store can't make opening take hours"""
 
 
 class Keys(msgspec.Struct):
@@ -180,6 +182,7 @@ def _passphrase_key(slot: KeySlot, passphrase: bytes) -> bytes:
         or slot.kdf != "argon2id"
         or not 8 <= slot.memory_kib <= _ARGON2_MEMORY_KIB_MAX
         or not 1 <= slot.iterations <= _ARGON2_WORK_MAX
+        or slot.memory_kib * slot.iterations > _ARGON2_TOTAL_KIB_MAX
         or not 1 <= slot.lanes <= _ARGON2_WORK_MAX
     ):
         raise ValueError("key derivation parameters are out of bounds")

@@ -9,7 +9,8 @@ A pack is in one of these places, and moves only by an entry:
 
 Why no snapshot ever loses a chunk to this, whatever runs at the same time: entries are totally
 ordered, and each is made for the state just before it. `condemn` is made where no snapshot of that
-state needs the pack. A snapshot committed after it lists what it needs of the condemned packs
+state needs the pack: what one needs of it has another copy, in a pack that is live in that state, a
+repacked one included. A snapshot committed after it lists what it needs of the condemned packs
 again, which makes them live; `sweep` applies to packs that are condemned at that moment, so not to
 those; and a snapshot that needs a pack swept before is not committed at all, even where the object,
 not deleted yet, was condemned anew as one that nothing names: whoever swept it may be about to delete it.
@@ -25,7 +26,9 @@ import msgspec
 from outlast.errors import Corrupt
 from outlast.records import LogEntry, PackRef, Snapshot
 
-_CHUNK_ID = re.compile("[0-9a-f]{64}")
+_HEX_64 = re.compile("[0-9a-f]{64}")
+_HEX_32 = re.compile("[0-9a-f]{32}")
+_EPOCH_MAX = (1 << 32) - 1
 
 SNAPSHOT = "snapshot"
 PACKS = "packs"
@@ -35,6 +38,7 @@ SWEEP = "sweep"
 QUARANTINE = "quarantine"
 VERIFIED = "verified"
 KEY = "key"
+KINDS = (SNAPSHOT, PACKS, FORGET, CONDEMN, SWEEP, QUARANTINE, VERIFIED, KEY)
 
 
 class Condemned(msgspec.Struct, frozen=True):
@@ -58,6 +62,8 @@ class State(msgspec.Struct, omit_defaults=True):
     quarantined: dict[str, PackRef] = {}
     ignored: list[str] = []
     """damaged derived objects that need not be told again"""
+    damaged: dict[str, str] = {}
+    """live packs that were last read to be damaged -> when, RFC 3339; new work doesn't rely on them"""
     verified: dict[str, str] = {}
     """pack -> when every stored byte of it was last read and found right, RFC 3339"""
     epoch: int = 1
@@ -78,6 +84,16 @@ class State(msgspec.Struct, omit_defaults=True):
         self.seq = entry.seq
         self.head_hash = entry_hash
 
+    def validate(self) -> None:
+        """Raise `Corrupt` unless every name is one that may become the name of an object, a file or a folder."""
+        for snapshot in self.snapshots.values():
+            _check_snapshot(snapshot)
+        for place in (self.packs, self.condemned, self.quarantined):
+            for name, pack in place.items():
+                _check_pack(pack.name, pack.bytes, pack.chunks)
+                if name != pack.name:
+                    raise Corrupt(f"pack {pack.name[:16]} stands under another name.")
+
     def readable_packs(self) -> dict[str, PackRef]:
         """Every pack that may hold what a snapshot needs: all but those that were swept."""
         condemned = {name: PackRef(name, each.bytes, each.chunks) for name, each in self.condemned.items()}
@@ -90,8 +106,20 @@ class State(msgspec.Struct, omit_defaults=True):
         return found or (PackRef(pack, condemned.bytes, condemned.chunks) if condemned else None)
 
 
+def _check_snapshot(snapshot: Snapshot) -> None:
+    # Parts of the id become parts of the names of folders.
+    if not _HEX_32.fullmatch(snapshot.id) or not all(_HEX_64.fullmatch(chunk) for chunk, _ in snapshot.manifest):
+        raise Corrupt(f"the snapshot {snapshot.id[:32]!r} has an id, or manifest chunks, that can't exist.")
+
+
+def _check_pack(name: str, size_bytes: int, chunks: int) -> None:
+    if not _HEX_64.fullmatch(name) or size_bytes < 0 or chunks < 0:
+        raise Corrupt(f"a pack named {name[:64]!r}, of {size_bytes} bytes and {chunks} chunks, can't exist.")
+
+
 def _packs(state: State, entry: LogEntry) -> None:
     for pack in msgspec.convert(entry.body.get("packs", []), list[PackRef]):
+        _check_pack(pack.name, pack.bytes, pack.chunks)
         state.packs[pack.name] = pack
         state.condemned.pop(pack.name, None)
         state.quarantined.pop(pack.name, None)
@@ -99,8 +127,7 @@ def _packs(state: State, entry: LogEntry) -> None:
 
 def _snapshot(state: State, entry: LogEntry) -> None:
     snapshot = msgspec.convert(entry.body["snapshot"], Snapshot)
-    if not all(_CHUNK_ID.fullmatch(chunk) for chunk, _ in snapshot.manifest):
-        raise Corrupt(f"log entry {entry.seq} (snapshot) names manifest chunks that can't exist.")
+    _check_snapshot(snapshot)
     _packs(state, entry)
     state.snapshots[snapshot.id] = snapshot
 
@@ -112,8 +139,10 @@ def _forget(state: State, entry: LogEntry) -> None:
 
 def _condemn(state: State, entry: LogEntry) -> None:
     for pack in msgspec.convert(entry.body["packs"], list[PackRef]):
+        _check_pack(pack.name, pack.bytes, pack.chunks)
         state.packs.pop(pack.name, None)
         state.quarantined.pop(pack.name, None)
+        state.damaged.pop(pack.name, None)
         state.condemned[pack.name] = Condemned(pack.name, pack.bytes, pack.chunks, entry.seq)
 
 
@@ -129,6 +158,7 @@ def _quarantine(state: State, entry: LogEntry) -> None:
         if pack is not None:
             state.quarantined[name] = pack
             state.verified.pop(name, None)
+            state.damaged.pop(name, None)
     ignored = dict.fromkeys([*state.ignored, *_names(entry, "objects")])
     state.ignored = list(ignored)
 
@@ -137,6 +167,11 @@ def _verified(state: State, entry: LogEntry) -> None:
     for name in _names(entry, "packs"):
         if name in state.packs:
             state.verified[name] = entry.time
+            state.damaged.pop(name, None)
+    for name in _names(entry, "damaged"):
+        if name in state.packs:
+            state.damaged[name] = entry.time
+            state.verified.pop(name, None)
 
 
 class _KeyChange(msgspec.Struct):
@@ -148,6 +183,9 @@ class _KeyChange(msgspec.Struct):
 
 def _key(state: State, entry: LogEntry) -> None:
     change = msgspec.convert(entry.body, _KeyChange)
+    slots = [*([change.slot] if change.slot else []), *change.replaces]
+    if not 0 <= change.epoch <= _EPOCH_MAX or not all(_HEX_32.fullmatch(slot) for slot in slots):
+        raise Corrupt(f"log entry {entry.seq} (key) names a slot or an epoch that can't exist.")
     state.epochs_given = max(state.epochs_given, change.epoch)
     if change.action in ("add", "rotate"):
         state.slots[change.slot] = change.epoch

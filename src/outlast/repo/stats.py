@@ -17,7 +17,7 @@ from outlast.events import Progress
 from outlast.records import Entry, Snapshot
 from outlast.repo.content import Content
 from outlast.repo.index import Index
-from outlast.repo.layout import DTYPE_BITS, Tensor
+from outlast.repo.layout import Tensor
 from outlast.repo.needs import needed_chunks
 from outlast.repo.pack import object_name
 from outlast.repo.repository import Repository
@@ -278,7 +278,7 @@ def _unread(chunk: str) -> bytes:
 
 def _held(content: Content, index: Index, tensor: Tensor) -> list[tuple[bytes, float]]:
     """(chunk, stored bytes of the part that lies in the tensor's extent) of each chunk that a tensor touches."""
-    reach = _reach(tensor)
+    reach = tensor.reach_bytes
     held = []
     for start, chunk in content.chunks(tensor.offset, reach):
         raw = bytes.fromhex(chunk)
@@ -289,14 +289,6 @@ def _held(content: Content, index: Index, tensor: Tensor) -> list[tuple[bytes, f
         inside = min(start + location.plain_bytes, reach) - max(start, 0)
         held.append((raw, location.stored_bytes * inside / location.plain_bytes))
     return held
-
-
-def _reach(tensor: Tensor) -> int:
-    """Bytes from the first element to the end of the last one."""
-    if tensor.strides is None or not tensor.length:
-        return tensor.length
-    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
-    return (steps + 1) * DTYPE_BITS[tensor.dtype] // 8
 
 
 def _holders(repository: Repository, name: str, ids: Sequence[bytes], starts: Sequence[int]) -> list[int]:

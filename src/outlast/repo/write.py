@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PACK_WRITERS = 2
 PACK_CHUNKS_MAX = 50_000
 # Packs of a long backup are committed this often, so that one that is killed doesn't begin anew.
-COMMIT_PACKS_BYTES = 4 << 30
+COMMIT_PACKS_BYTES = 1 << 30
 COMMIT_PACKS_CHUNKS = 256 << 10
 # An index segment is written when so many packs, or chunks in them, are in none.
 SEGMENT_PACKS = 64
@@ -218,7 +218,7 @@ class Writer:
                     gone.append(name)
             if gone:
                 raise Busy(
-                    f"{len(gone)} packs that this work relied on were removed by a prune meanwhile; nothing was "
+                    f"{len(gone)} packs that this work relied on were removed or set aside meanwhile; nothing was "
                     "committed, and every snapshot is whole.",
                     hint="Run the same command again: what was stored and is still there is not stored again.",
                 )

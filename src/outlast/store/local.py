@@ -276,9 +276,10 @@ class LocalStore:
 
     def _publish_after(self, folder: str, publish: _Publish, fd: int, temporary: str, target: str) -> bool:
         """Publish, but not before the names that we have read in this folder, and may build on, are durable."""
-        if folder in self._read_from:
-            self._read_from.discard(folder)
-            self._disk.fsync_dir(folder)
+        with self._lock:  # whoever comes second waits until it is
+            if folder in self._read_from:
+                self._read_from.discard(folder)
+                self._disk.fsync_dir(folder)
         return publish(fd, temporary, target)
 
     def _publish_new(self, fd: int, temporary: str, target: str) -> bool:
