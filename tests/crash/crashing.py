@@ -317,7 +317,8 @@ class Bench:
 
         def append(this: log.Log, *arguments: Any, **options: Any) -> LogEntry:
             entry = original(this, *arguments, **options)
-            self._acknowledge(f"entry {entry.seq}")
+            if entry is not None:
+                self._acknowledge(f"entry {entry.seq}")
             return entry
 
         with patch.object(log.Log, "append", append):

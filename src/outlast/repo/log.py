@@ -60,6 +60,8 @@ class Log:
         self._clock = clock
         self._sink = sink
         self._state_seq = 0
+        self._own_seq = 0
+        """the newest entry that this process made durable itself"""
         self._lock = threading.RLock()
         self.state = State(0, anchor)
         self.swept: set[str] = set()
@@ -218,6 +220,7 @@ class Log:
                         return other
                 continue
             self._apply(entry, data)
+            self._own_seq = entry.seq
             return entry
         assert failure is not None
         raise Unavailable(
@@ -244,9 +247,13 @@ class Log:
         return seal.seal_object(self._keys, entry_name(entry.seq), data, self._clock.random_bytes(seal.SALT_BYTES))
 
     def save_state(self) -> None:
-        """Write `state/<seq>` when enough entries came since the last one. Failing to is no failure."""
+        """Write `state/<seq>` when enough entries came since the last one. Failing to is no failure.
+
+        Only for an entry of our own: one that was read may be of a process that died before it was durable,
+        and a power cut could leave the state without it.
+        """
         # Spaced by an eighth of the log, so that all states together stay in proportion to the log.
-        if self.state.seq - self._state_seq < max(STATE_EVERY, self._state_seq // 8):
+        if self.state.seq != self._own_seq or self.state.seq - self._state_seq < max(STATE_EVERY, self._state_seq // 8):
             return
         name = state_name(self.state.seq)
         data = records.canonical_object(self.state)
