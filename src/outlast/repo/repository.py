@@ -380,7 +380,7 @@ class Repository:
         return pack in self.state.packs or pack in self.own_packs
 
     def _is_present(self, name: str) -> bool:
-        if not self._is_live(name) or name in self.state.damaged:
+        if not self._is_live(name):
             return False
         present = self._present.get(name)
         if present is None:
@@ -398,7 +398,8 @@ class Repository:
             size = self.store.stat(object_name(name)).size_bytes
         except NotFound:
             size = -1
-        if size == ref.bytes and not (self._reads_packs and self._is_damaged_inside(ref)):
+        known = name in self.state.damaged
+        if size == ref.bytes and not known and not (self._reads_packs and self._is_damaged_inside(ref)):
             return True
         found = (
             "is missing" if size < 0 else "is damaged" if size == ref.bytes else f"has {size} bytes, not {ref.bytes}"
