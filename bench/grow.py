@@ -15,7 +15,8 @@ from pathlib import Path
 from outlast.clock import ManualClock
 from outlast.records import ChunkRef, Entry, Snapshot, time_text
 from outlast.repo.repository import Repository
-from outlast.store.local import Disk, LocalStore
+from outlast.store.disk import Disk
+from outlast.store.local import LocalStore
 
 FILES = 50
 NEW_FILES = 10

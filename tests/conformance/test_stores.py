@@ -41,7 +41,7 @@ def test_a_directory_through_the_page_cache(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_directory_without_hard_links(tmp_path: Path) -> None:
-    from outlast.store.local import Disk
+    from outlast.store.disk import Disk
 
     class NoLinks(Disk):
         def link(self, source: str, target: str) -> None:

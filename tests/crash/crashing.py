@@ -31,7 +31,8 @@ from outlast.repo.check import open_and_check
 from outlast.repo.content import Content, RecentChunks
 from outlast.repo.repository import Repository
 from outlast.store.base import ObjectStore
-from outlast.store.local import TEMPORARY, Disk, LocalStore
+from outlast.store.disk import Disk
+from outlast.store.local import TEMPORARY, LocalStore
 from outlast.store.memory import MemoryStore
 from outlast.testing.faults import Recorder, Trace, holding
 from outlast.testing.powercut import RecordingDisk, Step, Tree, cuts, materialise, read_tree

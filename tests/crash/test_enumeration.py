@@ -29,7 +29,8 @@ from outlast.clock import ManualClock
 from outlast.errors import Unavailable, WrongKey
 from outlast.repo import check, copy, forget, keyring, pack, prune, prune_plan
 from outlast.repo.repository import Repository
-from outlast.store.local import Disk, LocalStore
+from outlast.store.disk import Disk
+from outlast.store.local import LocalStore
 from outlast.store.memory import MemoryStore
 from outlast.testing.faults import FaultyStore, damage, error
 from outlast.testing.powercut import materialise

@@ -231,7 +231,9 @@ def test_wrong_uses_and_wrong_passphrases_are_told(tmp_path: Path, rescue: Rescu
 
 
 def test_plain_repositories_need_no_cryptography(tmp_path: Path, rescue: Rescue) -> None:
-    rescue(GOLDEN / "plain", "latest", tmp_path / "back", banned="outlast cryptography")
+    told = rescue(GOLDEN / "plain", "latest", tmp_path / "back", banned="outlast cryptography")
+    assert "every chunk verified" in told
+    assert any((tmp_path / "back").iterdir())
 
 
 def test_it_stays_one_short_file_that_stands_alone() -> None:

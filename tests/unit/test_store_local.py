@@ -19,7 +19,8 @@ import pytest
 from outlast.clock import SYSTEM_CLOCK, ManualClock
 from outlast.errors import Corrupt, Exists, InvalidInput, NotFound, OutlastError, Refused, StoreFull, Unavailable
 from outlast.store.base import Buffer
-from outlast.store.local import BOUNCE_BYTES, DIRECT_BYTES_MIN, Disk, LocalStore
+from outlast.store.disk import Disk
+from outlast.store.local import BOUNCE_BYTES, DIRECT_BYTES_MIN, LocalStore
 
 MIB = 1 << 20
 

@@ -10,7 +10,16 @@ import click
 
 from outlast.cli.command import CORRUPT, Call, Command
 from outlast.cli.passphrase import FROM_VARIABLE, Secret, source_secret
-from outlast.cli.text import count_text, duration_text, path_shown, printable, short_id, size_text, span_seconds
+from outlast.cli.text import (
+    count_text,
+    duration_text,
+    path_shown,
+    printable,
+    share_of,
+    short_id,
+    size_text,
+    span_seconds,
+)
 from outlast.errors import InvalidInput, WrongKey
 
 if TYPE_CHECKING:
@@ -234,13 +243,7 @@ def _some(items: list[str]) -> str:
 def _share(text: str) -> Share:
     if text == "all" or text == "none":
         return cast(Literal["all", "none"], text)
-    try:
-        share = float(text.removesuffix("%")) / 100 if text.endswith("%") else -1.0
-    except ValueError:
-        share = -1.0
-    if not 0 < share <= 1:
-        raise InvalidInput(
-            f"--data {text!r} can't be understood; nothing was read.",
-            hint="Write all, none or a percentage such as 10%.",
-        )
-    return share
+    found = share_of("--data", text, hint="Write all, none or a percentage such as 10%.")
+    if not found:
+        raise InvalidInput("--data 0% reads nothing; nothing was read.", hint="Write none, or more than 0%.")
+    return found

@@ -8,8 +8,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from outlast.cli.command import Argument, Call, Command
-from outlast.cli.text import count_text, duration_text, printable, short_id, size_text, span_seconds, table, time_text
-from outlast.errors import InvalidInput, Refused
+from outlast.cli.text import (
+    count_text,
+    duration_text,
+    printable,
+    share_of,
+    short_id,
+    size_text,
+    span_seconds,
+    table,
+    time_text,
+)
+from outlast.errors import Refused
 
 if TYPE_CHECKING:
     from outlast.repo.forget import ForgetPlan, ForgetReport
@@ -201,7 +211,7 @@ def prune(call: Call, max_unused: str, max_delete: str, grace: str, dry_run: boo
     from outlast.repo.prune_plan import Policy
 
     grace_seconds = 0 if grace.strip() == "0" else span_seconds("--grace", grace)
-    policy = Policy(_share("--max-unused", max_unused), _share("--max-delete", max_delete), grace_seconds)
+    policy = Policy(share_of("--max-unused", max_unused), share_of("--max-delete", max_delete), grace_seconds)
     repository = call.repository()
     if dry_run:
         planned = pruning.plan(repository, policy, dry_run=True)
@@ -212,18 +222,6 @@ def prune(call: Call, max_unused: str, max_delete: str, grace: str, dry_run: boo
     report = pruning.prune(repository, policy)
     call.result({"dry_run": False, **msgspec.to_builtins(report)}, _prune_lines(report, grace))
     return 0
-
-
-def _share(option: str, text: str) -> float:
-    """`5%` or `0.05`; `InvalidInput` for what is no share."""
-    number = text.strip().removesuffix("%")
-    try:
-        share = float(number) / (100 if text.strip().endswith("%") else 1)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise InvalidInput(f"{option} {text!r} is no share; nothing was done.", hint="Give it in percent, as 5%.")
-    return share
 
 
 def _prune_document(plan: PrunePlan) -> dict[str, Any]:

@@ -139,3 +139,18 @@ def span_seconds(option: str, text: str) -> int:
         )
     days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
     return 86400 * days + 3600 * hours + 60 * minutes + seconds
+
+
+def share_of(option: str, text: str, hint: str = "Give it in percent, as 5%.") -> float:
+    """A part of the whole, between 0 and 1. Raises `InvalidInput`.
+
+    >>> share_of("--max-unused", "5%"), share_of("--max-unused", "0.05")
+    (0.05, 0.05)
+    """
+    try:
+        found = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found <= 1:
+        raise InvalidInput(f"{option} {text!r} can't be understood; nothing was done.", hint=hint)
+    return found

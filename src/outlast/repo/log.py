@@ -60,6 +60,7 @@ class Log:
         self._clock = clock
         self._sink = sink
         self._state_seq = 0
+        self._believed_state = True
         self._own_seq = 0
         """the newest entry that this process made durable itself"""
         self._lock = threading.RLock()
@@ -73,13 +74,22 @@ class Log:
     def encrypted(self) -> bool:
         return self._keys is not None
 
-    def load(self, *, from_states: bool = True) -> None:
-        """Read the newest usable state and every entry after it; with `from_states=False` every entry there is.
+    def load(self) -> None:
+        """Read the newest usable state and every entry after it."""
+        self._load(self._newest_state())
 
-        A state is believed to save time. Whoever can write to the store could make a false one, so what
-        leads to deleting anything goes by the entries alone.
+    def prove(self) -> None:
+        """If a state was believed so far, read every entry there is.
+
+        A state saves time. Whoever can write to the store could make a false one, so what leads to
+        deleting anything goes by the entries alone.
         """
-        self.state = (self._newest_state() if from_states else None) or State(0, self.anchor)
+        if self._believed_state:
+            self._load(None)
+
+    def _load(self, known: State | None) -> None:
+        self._believed_state = known is not None
+        self.state = known or State(0, self.anchor)
         self._state_seq = self.state.seq
         if self._keys is not None:
             self._keys.use(self.state.epoch)

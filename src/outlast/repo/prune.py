@@ -95,7 +95,7 @@ def plan(repository: Repository, policy: Policy | None = None, *, dry_run: bool 
     what a snapshot needs.
     """
     policy = policy or Policy()
-    repository.log.load(from_states=False)
+    repository.log.prove()
     repository.refresh()
     state = repository.state
     index = repository.load_index()

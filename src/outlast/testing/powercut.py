@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 from outlast.clock import Clock
 from outlast.store.base import Buffer
-from outlast.store.local import Disk
+from outlast.store.disk import Disk
 
 Tree = dict[str, bytes | None]
 """What is in a directory, by path relative to it: the bytes of files, None for directories."""
