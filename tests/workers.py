@@ -137,14 +137,15 @@ class Worker:
         # Which work it is: no two commits may ever tell of the same one.
         tags = {"work": f"{self.task.name} {self.task.seed} {self.round}"}
         for number in range(FILES):
-            path = folder / f"file{number}"
-            if self.dice.chance(0.5) or not path.exists():
-                chosen = self.dice.below(BLOBS)
-                path.write_bytes(blob(chosen))
-                (folder.parent / f"{folder.name}.{path.name}").write_text(str(chosen))
-            tags[path.name] = (folder.parent / f"{folder.name}.{path.name}").read_text()
-            if path.read_bytes() != blob(int(tags[path.name])):  # it was killed between the two
-                path.write_bytes(blob(int(tags[path.name])))
+            path, noted = folder / f"file{number}", folder.parent / f"{folder.name}.file{number}"
+            if self.dice.chance(0.5) or not noted.exists():
+                chosen = folder.parent / f"{noted.name}.new"
+                chosen.write_text(str(self.dice.below(BLOBS)))
+                chosen.replace(noted)
+            tags[path.name] = noted.read_text()
+            content = blob(int(tags[path.name]))
+            if not path.exists() or path.read_bytes() != content:  # new, or killed before it was written
+                path.write_bytes(content)
         report = create(self.open(), [str(folder)], name=self.task.name, tags=tags)
         self.say("snapshot", id=report.snapshot, work=tags["work"])
 

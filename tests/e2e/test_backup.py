@@ -330,7 +330,7 @@ def test_a_long_backup_commits_its_packs_on_the_way(
     from outlast.repo import write
 
     monkeypatch.setattr(write, limit, value)
-    (source / "data.bin").write_bytes(os.urandom(10_000_000))
+    (source / "data.bin").write_bytes(os.urandom(20_000_000))
     repository = Repository.create(MemoryStore(), pack_bytes=1 << 20)
     create(repository, [str(source)])
     kinds = [json.loads(repository.store.get(info.name))["kind"] for info in repository.store.list("log/")]

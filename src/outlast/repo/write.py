@@ -143,7 +143,10 @@ class Writer:
             return
         self._slots.acquire()
         chunks, self._open_pack, self._open_bytes = self._open_pack, [], 0
-        self._in_flight.append(self._pool.submit(self._write_pack, chunks))
+        future = self._pool.submit(self._write_pack, chunks)
+        self._in_flight.append(future)
+        # A slot is free when the pack can be collected, not a moment before: packs in flight are what the slots bound.
+        future.add_done_callback(lambda _: self._slots.release())
         self._collect(wait=False)
         durable = self._durable
         if (
@@ -153,21 +156,18 @@ class Writer:
             self.commit_packs()
 
     def _write_pack(self, chunks: list[EncodedChunk]) -> BuiltPack:
+        repository = self._repository
+        built = pack.build(chunks, repository.keys, repository.clock.random_bytes(seal.SALT_BYTES))
         try:
-            repository = self._repository
-            built = pack.build(chunks, repository.keys, repository.clock.random_bytes(seal.SALT_BYTES))
-            try:
-                repository.store.put_if_absent(pack.object_name(built.name), built.parts)
-            except Exists as exc:
-                # Names are unique, so it was ours, its reply was lost, and it is not there any more.
-                raise Busy(
-                    f"pack {built.name[:16]} was removed by a prune while it was uploaded; every snapshot is whole.",
-                    hint="Run the same command again: what was stored and is still there is not stored again.",
-                ) from exc
-            built.parts.clear()
-            return built
-        finally:
-            self._slots.release()
+            repository.store.put_if_absent(pack.object_name(built.name), built.parts)
+        except Exists as exc:
+            # Names are unique, so it was ours, its reply was lost, and it is not there any more.
+            raise Busy(
+                f"pack {built.name[:16]} was removed by a prune while it was uploaded; every snapshot is whole.",
+                hint="Run the same command again: what was stored and is still there is not stored again.",
+            ) from exc
+        built.parts.clear()
+        return built
 
     def _collect(self, *, wait: bool) -> None:
         """Note the packs that became durable; raises what a pack writer raised."""
