@@ -1,4 +1,4 @@
-"""`make demo`: a real model folder is backed up, changed, lost, restored, damaged and found out.
+"""`make demo`: a real model folder is backed up, changed, lost and restored; its backup damaged, found out and healed.
 
 Every Outlast step goes through the real command line, shown as typed. Nothing is downloaded; the
 scratch folder `.demo/`, made where you are, is removed at the end.
@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,7 +81,10 @@ def outlast_json(*arguments: str, expect: int = 0) -> Any:
     return json.loads(ran.stdout)
 
 
-def fingerprint(folder: Path) -> dict[str, tuple[str, int, int]]:
+Found = dict[str, tuple[str, int, int]]
+
+
+def fingerprint(folder: Path) -> Found:
     """Hash of the content, mode and mtime (ns) of everything in a folder."""
     found = {}
     for path in sorted([folder, *folder.rglob("*")]):
@@ -89,6 +92,12 @@ def fingerprint(folder: Path) -> dict[str, tuple[str, int, int]]:
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         found[str(path.relative_to(folder))] = (digest, status.st_mode, status.st_mtime_ns)
     return found
+
+
+def assert_same(folder: Path, wanted: Found) -> None:
+    if fingerprint(folder) != wanted:
+        raise SystemExit("The demo failed: the restored folder is not what was lost.")
+    say(f"Compared: {len(wanted)} files and folders; every byte, mode and mtime is as it was.")
 
 
 def bytes_in(folder: Path) -> int:
@@ -108,11 +117,12 @@ def flip_one_byte(repository: Path) -> Path:
     return pack
 
 
-def demo() -> list[tuple[str, str, float]]:
-    """Tell the story; the rows of the table at its end: (what, how much, seconds)."""
-    os.environ["OUTLAST_REPO"] = str(SCRATCH / "repository")
-    model, rows = SCRATCH / "model", []
+Row = tuple[str, str, float]
+"""of the table at the end: what, how much, seconds"""
 
+
+def protect(model: Path) -> Iterator[Row]:
+    """Fine-tune, back up, train on with one layer, back up again."""
     title("1. A real model, fine-tuned for a few steps")
     from training import Trainer, bytes_changed  # imports torch: seconds, so not before the title
 
@@ -123,15 +133,14 @@ def demo() -> list[tuple[str, str, float]]:
     for path in sorted(model.rglob("*"), key=lambda path: -path.stat().st_size):
         if path.is_file() and path.stat().st_size > 100_000:
             say(f"  {size(path.stat().st_size):>10}  {path.relative_to(SCRATCH)}")
-    rows.append(("fine-tune, 4 steps", f"{trainer.parameters / 1e6:.1f} M parameters", seconds))
+    yield "fine-tune, 4 steps", f"{trainer.parameters / 1e6:.1f} M parameters", seconds
 
     title("2. Back it up")
     outlast("init")
     seconds = outlast("backup", "model", "--name", "minilm")
     say("The weights lie in both big files, and are stored once.")
     first = outlast_json("snapshots")[-1]
-    stored = size(bytes_in(SCRATCH / "repository"))
-    rows.append(("first backup", f"{size(first['bytes'])}, stored in {stored}", seconds))
+    yield "first backup", f"{size(first['bytes'])}, stored in {size(bytes_in(SCRATCH / 'repository'))}", seconds
 
     title(f"3. Train on with one layer ({LAYER[:-1]}), and back up again")
     before = trainer.tensors()
@@ -145,30 +154,67 @@ def demo() -> list[tuple[str, str, float]]:
     second = next(snapshot for snapshot in snapshots.values() if snapshot["id"] != first["id"])
     ratio = second["bytes_added"] / changed
     say(f"Changed: {size(changed)}. Added: {size(second['bytes_added'])}, {strong(f'{ratio:.3f}x')} of that.")
-    cost = f"{size(second['bytes_added'])} added for {size(changed)} changed"
-    rows.append(("one-layer backup", cost, seconds))
+    yield "one-layer backup", f"{size(second['bytes_added'])} added for {size(changed)} changed", seconds
     say()
     outlast("show", second["id"][:8], lines_max=16)
     outlast("diff", first["id"][:8], second["id"][:8], lines_max=16)
 
+
+def lose_and_restore(model: Path, wanted: Found) -> Iterator[Row]:
     title("4. Lose the folder, and get it back")
-    wanted = fingerprint(model)
     say(strong("$ rm -r model"))
     shutil.rmtree(model)
     seconds = outlast("restore", "latest", "--to", "model")
-    if fingerprint(model) != wanted:
-        raise SystemExit("The demo failed: the restored folder is not what was lost.")
-    say(f"Compared: {len(wanted)} files and folders; every byte, mode and mtime is as it was.")
-    rows.append(("restore", f"{size(bytes_in(model))}, every byte compared", seconds))
+    assert_same(model, wanted)
+    yield "restore", f"{size(bytes_in(model))}, every byte compared", seconds
 
-    title("5. Damage one bit of the repository, and let check find it")
+
+def copy_damage_and_heal() -> Iterator[Row]:
+    title("5. Keep a second copy elsewhere")
+    outlast("init", "--repo", "elsewhere")
+    seconds = outlast("copy", "--from", "repository", "--to", "elsewhere")
+    yield "copy of both snapshots", size(bytes_in(SCRATCH / "elsewhere")), seconds
+
+    title("6. Damage one bit; check finds it, and the copy heals it")
     pack = flip_one_byte(SCRATCH / "repository")
     say(f"Flipped one bit in {pack.relative_to(SCRATCH)} ({size(pack.stat().st_size)})\n")
     seconds = outlast("check", "--data", "all", expect=CORRUPT)
     report = outlast_json("check", "--data", "all", expect=CORRUPT)
     if report["ok"] or pack.name not in json.dumps(report["damaged"]):
         raise SystemExit("The demo failed: check did not name the damaged pack.")
-    rows.append(("check of all data", f"{size(report['bytes_read'])} read, the bad pack named", seconds))
+    yield "check of all data", f"{size(report['bytes_read'])} read, the bad pack named", seconds
+    seconds = outlast("check", "--repair", "--from", "elsewhere")
+    outlast("check", "--data", "all")
+    yield "repair", "the damaged chunk fetched from the copy", seconds
+
+
+def let_go(model: Path, wanted: Found) -> Iterator[Row]:
+    title("7. Forget what is old, and free its space")
+    outlast("forget", "--keep-last", "1")
+    before = bytes_in(SCRATCH / "repository")
+    seconds = outlast("prune", "--grace", "0")
+    yield "prune", f"{size(before - bytes_in(SCRATCH / 'repository'))} freed", seconds
+
+    title("8. Restore without Outlast, by a program that every repository holds")
+    shutil.rmtree(model)
+    say(strong("$ python repository/rescue.py repository latest model"))
+    command = [sys.executable, "-I", "repository/rescue.py", "repository", "latest", "model"]
+    ran, seconds = timed(lambda: subprocess.run(command, cwd=SCRATCH))
+    if ran.returncode:
+        raise SystemExit(f"The demo failed: rescue.py gave exit code {ran.returncode}.")
+    assert_same(model, wanted)
+    yield "restore by rescue.py", f"{size(bytes_in(model))}, every byte compared", seconds
+
+
+def demo() -> list[Row]:
+    """Tell the story; the rows of the table at its end."""
+    os.environ["OUTLAST_REPO"] = str(SCRATCH / "repository")
+    model = SCRATCH / "model"
+    rows = list(protect(model))
+    wanted = fingerprint(model)
+    rows += lose_and_restore(model, wanted)
+    rows += copy_damage_and_heal()
+    rows += let_go(model, wanted)
     return rows
 
 
@@ -181,8 +227,8 @@ def main() -> None:
         shutil.rmtree(SCRATCH, ignore_errors=True)
     title("What happened")
     for what, how_much, took in rows:
-        say(f"  {what:<20} {how_much:<44} {took:6.1f} s")
-    say(f"  {'all of it':<20} {'':<44} {seconds:6.1f} s")
+        say(f"  {what:<24} {how_much:<44} {took:6.1f} s")
+    say(f"  {'all of it':<24} {'':<44} {seconds:6.1f} s")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ def test_the_demo_tells_its_story(tmp_path: Path) -> None:
         timeout=120,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    for fact in ("every byte, mode and mtime is as it was", "Damaged: packs/", "model/checkpoint.pt", "all of it"):
+    for fact in ("Damaged: packs/", "model/checkpoint.pt", "every chunk verified", "all of it"):
         assert fact in ran.stdout, ran.stdout
+    assert ran.stdout.count("every byte, mode and mtime is as it was") == 2, "restored by Outlast, and without it"
+    assert "No damage found" in ran.stdout.partition("--repair --from")[2], "the copy healed it"
     assert "\033" not in ran.stdout, "colour codes where nobody sees colours"
     assert list(tmp_path.iterdir()) == [], "the demo left something behind"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random  # noqa: TID251  seeded
+import re
 import signal
 import subprocess
 import sys
@@ -139,6 +141,42 @@ def test_what_can_not_be_copied_is_said_in_a_sentence(filled: Shell) -> None:
     assert listed(filled) and listed(filled, "--repo", "sealed", OUTLAST_PASSPHRASE=PASSPHRASE) == []
 
 
+def test_an_error_names_its_repository_and_its_hint_can_be_pasted(filled: Shell) -> None:
+    filled("init", "--repo", "sealed", "--encrypt", OUTLAST_PASSPHRASE=PASSPHRASE)
+    filled("init", "--repo", "a copy")
+    place = {name: str(filled.folder / name) for name in ("repo", "sealed", "a copy", "nowhere")}
+
+    def said(*arguments: str, code: int, **environment: str) -> str:
+        return filled("copy", *arguments, code=code, **environment).err
+
+    source, target = f"copying from {place['repo']}: ", f"copying to {place['a copy']}: "
+    wrong = said("ffffffff", "--from", "repo", "--to", "a copy", code=1)
+    assert source in wrong and f"`outlast snapshots --repo {place['repo']}` lists them" in wrong
+    wrong = said("--name", "none", "--from", "repo", "--to", "a copy", code=1)
+    assert source in wrong and f"`outlast snapshots --repo {place['repo']}`" in wrong
+    wrong = said("--from", "repo", "--to", "nowhere", code=10)
+    assert f"copying to {place['nowhere']}: " in wrong and f"`outlast init --repo {place['nowhere']}`" in wrong
+    wrong = said("--from", "nowhere", "--to", "repo", code=10)
+    assert f"copying from {place['nowhere']}: " in wrong and "Give --from" in wrong and "outlast init" not in wrong
+    for environment in ({}, {"OUTLAST_FROM_PASSPHRASE": "wrong"}):
+        wrong = said("--from", "sealed", "--to", "a copy", code=12, **environment)
+        assert f"copying from {place['sealed']}: " in wrong and "OUTLAST_FROM_PASSPHRASE" in wrong
+    wrong = said("--from", "repo", "--to", "sealed", code=12, OUTLAST_PASSPHRASE="wrong")
+    assert f"copying to {place['sealed']}: " in wrong and "by OUTLAST_PASSPHRASE" in wrong
+    wrong = said("--from", "repo", "--to", "repo", code=21)
+    assert f"`outlast copy --from {place['repo']} --to URL`" in wrong
+    assert "--from: nonsense://" in said("--from", "nonsense://x", "--to", "a copy", code=2)
+    assert "--to: nonsense://" in said("--from", "repo", "--to", "nonsense://x", code=2)
+    assert "Give --to" in filled("copy", "--from", "repo", code=2, without="OUTLAST_REPO").err
+    log = filled.folder / "a copy" / "log"
+    log.mkdir(exist_ok=True)
+    (log / f"{1:020}").write_text("rubbish")
+    wrong = said("--from", "repo", "--to", "a copy", code=20)
+    assert target in wrong
+    for command in re.findall("`(outlast [^`]*)`", wrong):
+        assert f"--repo '{place['a copy']}'" in command
+
+
 # -- killed, and at once --------------------------------------------------------------------------------
 
 KILLED = textwrap.dedent(
@@ -196,6 +234,47 @@ def chunk_ids(repository: Repository, pack: str) -> set[bytes]:
     return set(repository.read_footer(repository.state.packs[pack]).records["id"].tolist())
 
 
+FULL = textwrap.dedent(
+    """
+    import sys
+    from outlast.cli.main import main
+    from outlast.errors import StoreFull
+    from outlast.store.local import LocalStore
+
+    left, put = [1], LocalStore.put_if_absent
+
+    def filling(store, name, parts):
+        if name.startswith("log/"):
+            left[0] -= 1
+            if left[0] < 0:
+                raise StoreFull("The disk is full.")
+        put(store, name, parts)
+
+    LocalStore.put_if_absent = filling
+    sys.exit(main(sys.argv[1:]))
+    """
+)
+
+
+def test_a_copy_that_fails_half_way_says_how_far_it_came(shell: Shell) -> None:
+    shell("init")
+    shell("init", "--repo", "copy")
+    [first, second, third, fourth] = back_up(shell, 4)
+    shell("copy", first, "--from", "repo", "--to", "copy")
+    script = shell.folder / "full.py"
+    script.write_text(FULL)
+    arguments = ["copy", "--from", "repo", "--to", "copy", "--json"]
+    ran = subprocess.run(
+        [sys.executable, str(script), *arguments], cwd=shell.folder, env=shell.environment, capture_output=True
+    )
+    error = json.loads(ran.stdout)["error"]
+    assert (ran.returncode, error["kind"]) == (1, "store_full")
+    assert f"copying to {shell.folder / 'copy'}: " in error["message"]
+    assert "Of 4 snapshots 1 was copied before that, 1 was there already, 2 are left." in error["message"]
+    report = shell(*arguments).json
+    assert (report["skipped"], report["copied"]) == ([first, second], [third, fourth])
+
+
 def test_two_processes_copy_at_once(shell: Shell) -> None:
     shell("init")
     shell("init", "--repo", "copy")
@@ -231,6 +310,7 @@ def test_a_damaged_chunk_is_named_and_the_rest_is_copied(shell: Shell) -> None:
     assert f"Not copied: snapshot {first[:8]} of model: pack {location.pack.name[:16]} is damaged" in ran.out
     assert "files: part0.bin\n" in ran.out
     assert "Copied 1 snapshot" in ran.out
+    assert f"Left: 1 of 2 snapshots. `outlast check --data all --repo {shell.folder / 'repo'}`" in ran.out
     assert listed(shell, "--repo", "copy") == [second]
     assert_restores(shell, second, "--repo", "copy")
     report = shell("copy", "--from", "repo", "--to", "copy", "--json", code=3).json

@@ -126,7 +126,9 @@ def test_what_is_kept_restores_and_what_is_forgotten_is_gone(dated: Shell) -> No
 def test_the_one_json_document(dated: Shell) -> None:
     before = ids(dated)
     document = dated("forget", "--keep-last", "5", "--json").json
-    assert document.keys() == {"dry_run", "snapshots", "forgotten", "decisions", "already_gone", "entry"}
+    fields = {"dry_run", "refused", "snapshots", "forgotten", "decisions"}
+    assert document.keys() == fields | {"already_gone", "entry"}
+    assert dated("forget", "--keep-last", "5", "--dry-run", "--json").json.keys() == fields, "one script reads both"
     assert (document["dry_run"], document["snapshots"], document["forgotten"]) == (False, 6, [before[0]])
     assert f"{document['entry']:020d}" == entries(dated)[-1]
     assert [each["snapshot"] for each in document["decisions"]] == before
@@ -331,3 +333,12 @@ def test_a_clock_that_runs_ahead_costs_no_snapshot(dated: Shell) -> None:
         ("keep", "its time lies in the future: kept, and not counted"),
     ]
     assert len(ids(dated)) == 2 and ids(dated)[0] == before[5]
+
+
+def test_a_snapshot_from_the_future_is_pointed_out(dated: Shell) -> None:
+    wrong = repository(dated, "2999-01-01T00:00:00Z")
+    report = create(wrong, [bytes(dated.folder / "run")])
+    ran = dated("snapshots")
+    assert f"snapshot {report.snapshot[:8]} of run lies in the future (2999-01-01 00:00:00)" in ran.err
+    dated("forget", report.snapshot[:8])
+    assert dated("snapshots").err == ""

@@ -95,6 +95,23 @@ def test_rotation_seals_all_new_data_with_a_new_key(vault: Shell) -> None:
     assert (listed["epoch"], listed["notes"]) == (2, ["your passphrase"])
 
 
+def test_a_rotation_says_what_is_protected_and_what_is_not(vault: Shell) -> None:
+    text = vault("key", "rotate", **FIRST).out
+    assert "Everything stored from now on is sealed with data key 2." in text
+    assert "What was stored before stays sealed with the older data keys" in text
+    assert "`outlast prune --max-unused 0%` seals with data key 2" in text
+    (old,) = (vault.folder / "repo" / "packs").rglob("*/*")
+    vault("prune", "--max-unused", "0%", "--grace", "0", **FIRST)
+    assert epoch(old) == 1, "needed whole, so it stays as it is"
+    (vault.folder / "data" / "file").unlink()
+    (vault.folder / "data" / "other").write_bytes(b"a small one")
+    vault("backup", "data", **FIRST)
+    vault("forget", "--keep-last", "1", **FIRST)
+    vault("prune", "--max-unused", "0%", "--grace", "0", "--max-delete", "100%", **FIRST)
+    left = [path for path in (vault.folder / "repo" / "packs").rglob("*/*") if path.is_file()]
+    assert left and {epoch(path) for path in left} == {2}
+
+
 def epoch(pack: Path) -> int:
     return int.from_bytes(pack.read_bytes()[12:16], "little")
 

@@ -119,7 +119,7 @@ def test_two_phases_by_the_clock_of_the_store(world: World) -> None:
     world.forget(first)
     report = prune(world.open(), Policy(max_delete=1))
     assert report.condemned
-    assert before <= world.packs(), "given up is not deleted"
+    assert before <= world.packs(), "condemned is not deleted"
     world.assert_whole()
     world.clock.sleep(23 * HOUR)
     assert prune(world.open(), Policy(max_delete=1)).swept == 0
@@ -447,6 +447,25 @@ def test_a_forged_state_deletes_nothing(world: World) -> None:
     world.store.delete(state_name(state.seq))
     repository = world.open()
     assert contents(repository, repository.find_snapshot(snapshot)) == world.expected[snapshot]
+
+
+def test_one_script_reads_a_dry_run_and_the_real_one(filled: Shell) -> None:
+    (filled.folder / "model" / "config.json").write_text("something else")
+    filled("backup", "model", "--name", "tiny")
+    filled("forget", "--keep-last", "1")
+    arguments = ["prune", "--max-unused", "0%", "--max-delete", "100%", "--json"]
+    shown = filled(*arguments, "--dry-run").json
+    assert shown["packs"] and shown["bytes_to_free"] > 0
+    assert "condemn" in filled(*arguments[:-1], "--dry-run").out
+    done = filled(*arguments).json
+    assert shown.keys() <= done.keys()
+    assert {**shown, "dry_run": False} == {field: done[field] for field in shown}
+    assert done["condemned"] == sum(each["action"] in ("condemn", "repack") for each in shown["packs"]) > 0
+    assert "Condemned and still readable: " in filled("prune").out
+    shown = filled("prune", "--grace", "0", "--dry-run").out
+    assert f"delete {done['bytes_condemned'] / 1024:.1f} KiB that was condemned before" in shown
+    deleted = filled("prune", "--grace", "0").out
+    assert f"Deleted {done['condemned']} pack" in deleted
 
 
 def test_the_command(filled: Shell) -> None:

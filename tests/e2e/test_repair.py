@@ -1,4 +1,4 @@
-"""`check --repair`: what can be had is stored again, damage is set aside, what is lost is named to the tensor."""
+"""`check --repair`: what can be had is stored again, damage is quarantined, what is lost is named to the tensor."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from outlast.backup.origin import FolderOrigin, RepositoryOrigin
 from outlast.backup.repair import RepairReport, repair
 from outlast.errors import Corrupt, Refused
 from outlast.records import Chunking
-from outlast.repo import log, seal, write
+from outlast.repo import log, pack, seal, write
 from outlast.repo.check import open_and_check
 from outlast.repo.log import entry_name
 from outlast.repo.repair import Origin
 from outlast.repo.repository import Repository
+from outlast.repo.state import VERIFIED
 from outlast.store.layers import ReadOnlyStore
 from outlast.store.memory import MemoryStore
 
@@ -102,6 +103,13 @@ def names(store: MemoryStore) -> set[str]:
     return {info.name for info in store.list("")}
 
 
+def assert_only_recorded(store: MemoryStore, before: set[str]) -> None:
+    """Nothing was written but the one entry that says what was read."""
+    [name] = names(store) - before
+    entry = Repository.open(store, secret=secret).log.parse(store.get(name), int(name.removeprefix("log/")))
+    assert entry.kind == VERIFIED
+
+
 @pytest.mark.parametrize("encrypted", [False, True])
 def test_what_else_a_damaged_pack_holds_is_stored_again_and_the_rest_comes_from_the_folder(
     source: Path, encrypted: bool
@@ -121,7 +129,7 @@ def test_what_else_a_damaged_pack_holds_is_stored_again_and_the_rest_comes_from_
     after = names(store)
     again = mend(store, FolderOrigin(os.fsencode(source)))
     assert again.ok
-    assert names(store) == after, "a second repair writes nothing"
+    assert_only_recorded(store, after)
 
 
 def damages() -> dict[str, Callable[[MemoryStore, str], None]]:
@@ -155,6 +163,95 @@ def test_whatever_is_wrong_with_a_pack(source: Path, how: str, indexed: bool, mo
     if how in ("header", "more") or (how == "footer" and indexed):
         assert report.chunks_found == 0, "every chunk can still be read"
     assert_whole(store, source)
+
+
+@pytest.fixture
+def few_chunks(tmp_path: Path) -> Path:
+    folder = tmp_path / "few"
+    folder.mkdir()
+    (folder / "text").write_text("many a word, " * 700)
+    for number in range(2):
+        (folder / f"noise{number}").write_bytes(np.random.default_rng(number).bytes(3000))
+    return folder
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_bit_in_the_footer_of_a_pack_costs_nothing(few_chunks: Path, encrypted: bool) -> None:
+    """No index segment tells of the pack. A bit of each byte of the footer is flipped in turn."""
+    whole = made(few_chunks, encrypted=encrypted, pack_bytes=4 << 20)
+    objects = {name: whole.get(name) for name in names(whole)}
+    [name] = [each for each in objects if each.startswith("packs/")]
+    assert not list(whole.list("index/"))
+    footer = pack.TRAILER.size + 4 * pack.RECORD.itemsize
+    for at in range(1, footer + 1):
+        store = MemoryStore()
+        for each, data in objects.items():
+            store.put(each, [data])
+        changed = bytearray(objects[name])
+        changed[-at] ^= 1 << (at * 5 % 8)
+        store.put(name, [bytes(changed)])
+        report = mend(store)
+        assert report.ok, (at, report)
+        assert report.quarantined == [name.rpartition("/")[2]]
+        assert report.chunks_rescued == 4
+        store.delete(name)
+        assert_whole(store, few_chunks)
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+@pytest.mark.parametrize("which", range(4))
+def test_of_a_record_that_is_beyond_mending_the_file_or_the_snapshot_is_named(
+    few_chunks: Path, which: int, encrypted: bool
+) -> None:
+    store = made(few_chunks, encrypted=encrypted, pack_bytes=4 << 20)
+    [info] = store.list("packs/")
+    repository = Repository.open(store, secret=secret)
+    [snapshot] = repository.snapshots()
+    footer = repository.read_footer(repository.state.packs[info.name.rpartition("/")[2]])
+    hurt, found = footer.records["id"].tolist()[which], entries(repository)
+    at = info.size_bytes - pack.TRAILER.size - (4 - which) * pack.RECORD.itemsize
+    spoil(store, info.name, at + 3)
+    spoil(store, info.name, at + 20)
+    spoil(store, info.name, at + 76)
+    report = mend(store)
+    [damage] = report.check.damaged
+    assert damage.object == info.name
+    assert report.chunks_lost == 1
+    if hurt.hex() == snapshot.manifest[0][0]:
+        assert [each.id for each in report.check.unlisted] == [snapshot.id]
+        return
+    [path] = [path for path, entry in found.items() if hurt.hex() in {ref[0] for ref in entry.chunks}]
+    assert damage.files == [path] == [lost.path for lost in report.lost]
+    assert report.chunks_rescued == 3
+    store.delete(info.name)
+    left = Repository.open(store, secret=secret)
+    for path, entry in found.items():
+        if entry.type == "file" and path not in damage.files:
+            assert content(left, entry) == (few_chunks / path).read_bytes()
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+@pytest.mark.parametrize("how", ["trailer", "table", "header and trailer", "noise"])
+def test_a_footer_of_which_little_is_left(few_chunks: Path, how: str, encrypted: bool) -> None:
+    store = made(few_chunks, encrypted=encrypted, pack_bytes=4 << 20)
+    [info] = store.list("packs/")
+    data, noise = bytearray(store.get(info.name)), np.random.default_rng(5)
+    table = 4 * pack.RECORD.itemsize
+    if how in ("trailer", "header and trailer"):
+        data[-pack.TRAILER.size :] = noise.bytes(pack.TRAILER.size)
+    if how == "header and trailer":
+        data[: pack.HEADER.size] = bytes(pack.HEADER.size)
+    if how == "table":
+        data[-pack.TRAILER.size - table : -pack.TRAILER.size] = noise.bytes(table)
+    if how == "noise":
+        data[:] = noise.bytes(len(data))
+    store.put(info.name, [bytes(data)])
+    report = mend(store)
+    assert report.ok == (how == "trailer")
+    if report.ok:
+        assert_whole(store, few_chunks)
+    else:
+        assert len(report.check.unlisted) == 1
 
 
 def test_every_pack_of_data_is_gone_and_another_repository_has_them_by_id(source: Path) -> None:
@@ -225,7 +322,7 @@ def test_what_is_beyond_repair_is_named_to_the_tensor(source: Path) -> None:
     assert damage.files == ["model.safetensors"]
     before = names(store)
     again = mend(store)
-    assert names(store) == before
+    assert_only_recorded(store, before)
     assert (again.ok, again.chunks_lost, again.quarantined) == (False, 1, [])
     found = entries(Repository.open(store))
     assert content(Repository.open(store), found["sub/noise.bin"]) == (source / "sub" / "noise.bin").read_bytes()
@@ -279,7 +376,7 @@ def test_damaged_derived_objects_are_written_anew_and_told_no_more(
     monkeypatch.undo()
     before = names(store)
     assert mend(store).ok
-    assert names(store) == before
+    assert_only_recorded(store, before)
 
 
 def test_nothing_is_written_where_the_log_is_damaged(source: Path) -> None:
@@ -294,11 +391,28 @@ def test_nothing_is_written_where_the_log_is_damaged(source: Path) -> None:
     assert {each: store.get(each) for each in names(store)} == before
 
 
-def test_nothing_is_written_where_nothing_is_damaged(source: Path) -> None:
+def test_what_a_repair_read_is_recorded_and_nothing_else_is_written_where_nothing_is_damaged(source: Path) -> None:
     store = made(source)
     before = names(store)
-    assert mend(store).ok
-    assert names(store) == before
+    report = mend(store)
+    assert report.ok
+    assert (report.check.recorded, report.check.bytes_verified) == (True, report.check.bytes)
+    assert_only_recorded(store, before)
+    state = Repository.open(store).state
+    assert state.verified.keys() == state.packs.keys()
+    entries_before = names(store)
+    assert not mend(store, data="none").check.recorded
+    assert names(store) == entries_before
+
+
+def test_a_repair_records_the_packs_that_it_wrote_and_read_and_not_those_that_are_damaged(source: Path) -> None:
+    store = made(source)
+    name, at = holder(store, "model.safetensors", 300_000)
+    spoil(store, name, at + 5)
+    assert mend(store, FolderOrigin(os.fsencode(source))).ok
+    state = Repository.open(store).state
+    assert state.verified.keys() == state.packs.keys()
+    assert not state.damaged
 
 
 def test_a_store_that_may_not_be_written_refuses(source: Path) -> None:
@@ -308,7 +422,7 @@ def test_a_store_that_may_not_be_written_refuses(source: Path) -> None:
         mend(ReadOnlyStore(store))
 
 
-def test_after_a_full_backup_healed_it_the_damaged_pack_is_set_aside(source: Path) -> None:
+def test_after_a_full_backup_healed_it_the_damaged_pack_is_quarantined(source: Path) -> None:
     store = made(source)
     name, at = holder(store, "model.safetensors", 300_000)
     spoil(store, name, at + 5)
@@ -404,3 +518,34 @@ def test_the_command_repairs_and_says_what_it_did(filled: Shell) -> None:
     assert "--from goes with --repair" in shell("check", "--from", "model", code=2).err
     assert "is the repository that is to be repaired" in shell("check", "--repair", "--from", "repo", code=2).err
     assert "neither a repository nor a folder" in shell("check", "--repair", "--from", "nothing", code=2).err
+
+
+def test_a_pack_that_is_gone_is_told_of_once_and_the_snapshot_that_it_costs_is_named(filled: Shell) -> None:
+    shell = filled
+    [snapshot] = shell("snapshots", "--json").json
+    [pack] = (shell.folder / "repo" / "packs").rglob("??/*")
+    kept = pack.read_bytes()
+    pack.unlink()
+    for arguments in (["check"], ["check", "--repair"], ["check"]):
+        told = shell(*arguments, code=20).out
+        assert told.lower().count("missing") == 1, told
+        assert told.count(pack.name) == 1, told
+        assert "quarantined" not in told
+        assert f"Snapshot {snapshot['id'][:8]} of " in told
+        assert "can't be restored whole: its list of files is damaged" in told
+    [unlisted] = shell("check", "--json", code=20).json["unlisted"]
+    assert unlisted["id"] == snapshot["id"]
+    pack.write_bytes(kept)
+    assert shell("check", "--data", "all", "--json").json["quarantined_packs"] == 1
+    assert "1 damaged pack" in shell("check").out
+
+
+def test_a_pack_that_is_gone_and_is_mended_from_elsewhere_is_told_of_once(filled: Shell) -> None:
+    shell = filled
+    shutil.copytree(shell.folder / "repo", shell.folder / "twin")
+    [pack] = (shell.folder / "repo" / "packs").rglob("??/*")
+    pack.unlink()
+    told = shell("check", "--repair", "--from", "twin").out
+    assert told.count(f"Missing: packs/{pack.parent.name}/{pack.name}.") == 1
+    assert told.lower().count("missing") == 1
+    assert "No damage found" in told

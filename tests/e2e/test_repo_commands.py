@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from shell import PASSPHRASE, Shell
+from shell import COMMANDS, PASSPHRASE, Shell
 
 KIB = 1 << 10
 
@@ -70,7 +70,7 @@ def test_the_figures_are_those_of_the_content(two_names: Shell) -> None:
     assert re.search(r"^big +2 +400 KiB +300 KiB +200 KiB +100 KiB +300 KiB +1.33x +1.00x$", text, re.M), text
 
 
-def test_what_was_given_up_is_counted_as_such(two_names: Shell) -> None:
+def test_what_is_condemned_is_counted_as_such(two_names: Shell) -> None:
     (two_names.folder / "repo" / "packs" / "ab").mkdir(exist_ok=True)
     (two_names.folder / "repo" / "packs" / "ab" / ("ab" * 32)).write_bytes(bytes(123))
     two_names("forget", "latest", "--name", "other", "--allow-empty")
@@ -79,7 +79,7 @@ def test_what_was_given_up_is_counted_as_such(two_names: Shell) -> None:
     assert places["condemned"]["objects"] == 1
     assert places["condemned"]["bytes"] > 100 * KIB
     assert places["unreferenced"] == {"objects": 1, "bytes": 123}
-    assert "packs given up" in two_names("repo", "stats").out
+    assert "packs condemned" in two_names("repo", "stats").out
 
 
 def test_tensors_say_how_many_snapshots_hold_them(shell: Shell) -> None:
@@ -118,6 +118,17 @@ def test_figures_of_a_damaged_repository_say_what_they_lack(two_names: Shell) ->
     assert "Not counted: snapshot" in two_names("repo", "stats", code=20).out
 
 
+@pytest.mark.parametrize("group", ["key", "repo"])
+def test_a_group_has_the_exit_codes_of_its_commands(shell: Shell, group: str) -> None:
+    def codes(*command: str) -> set[str]:
+        told = re.search(r"Exit codes: ([^.]*)\.", " ".join(shell(*command, "--help").out.split()))
+        assert told, command
+        return set(told[1].split("; "))
+
+    members = [name.split()[1] for name in COMMANDS if name.startswith(f"{group} ")]
+    assert codes(group) == set[str]().union(*(codes(group, member) for member in members))
+
+
 def test_an_empty_repository_has_figures_too(shell: Shell) -> None:
     shell("init")
     found = shell("repo", "stats", "--json").json
@@ -138,7 +149,7 @@ def test_the_history_in_words(two_names: Shell) -> None:
     assert re.fullmatch(r"backup [0-9a-f]{8} of other: 2 files, 200 KiB, 10\d KiB new", whats[3])
     assert re.fullmatch(r"forgot 1 snapshot: [0-9a-f]{8} of big", whats[4])
     rest = "\n".join(whats[5:])
-    for told in ("stored 1 pack, ", "gave up 1 pack, 2", "deleted 1 pack, 2", "verified 3 packs, "):
+    for told in ("stored 1 pack, ", "condemned 1 pack, 2", "deleted 1 pack, 2", "verified 3 packs, "):
         assert told in rest
     assert [int(line.split()[0]) for line in lines[1:]] == list(range(1, len(lines)))
 

@@ -212,7 +212,7 @@ def test_what_was_swept_once_is_never_relied_on_again() -> None:
         second = Repository.open(store, clock=ManualClock(seed=4))
         prune.execute(second, prune.plan(second, ALL_GOES), prune.PruneReport())
         assert second.state.condemned.keys() == first.log.swept
-        with pytest.raises(Busy, match="were removed or set aside"):
+        with pytest.raises(Busy, match="were deleted or quarantined"):
             writer.commit(Snapshot("", "backup", "two", "2090-01-01T00:00:00.000000Z"))
         for name in first.log.swept:
             store.delete(object_name(name))  # the first prune comes round to it at last

@@ -454,7 +454,7 @@ def test_what_a_prune_takes_away_is_copied_again(times: int, to_encrypted: bool)
         assert run(source, target).copied == [snapshot.id]
         assert content(target.open(), snapshot.id) == {"a": noise(1), "b": noise(2)}
     else:
-        with pytest.raises(Busy, match="removed or set aside"):
+        with pytest.raises(Busy, match="deleted or quarantined"):
             run(source, target)
         assert target.open().snapshots() == []
     assert target.is_whole()

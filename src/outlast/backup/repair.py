@@ -1,4 +1,4 @@
-"""Repair a repository: mend what can be mended, set aside what is damaged, and say what is lost to whom."""
+"""Repair a repository: mend what can be mended, quarantine what is damaged, and say what is lost to whom."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RepairReport(msgspec.Struct):
     ok: bool
     check: CheckReport
     chunks_rescued: int = 0
-    """out of packs that are damaged or were given up"""
+    """out of packs that are damaged, condemned or quarantined"""
     bytes_rescued: int = 0
     chunks_found: int = 0
     """in the other repository or the folder"""
@@ -51,9 +51,11 @@ class RepairReport(msgspec.Struct):
     segments: int = 0
     """index segments written anew"""
     quarantined: list[str] = []
-    """packs that were set aside now"""
+    """packs that were quarantined now"""
+    missing: list[str] = []
+    """packs that were there no more, and of which the log says so now"""
     ignored: list[str] = []
-    """damaged derived objects that were set aside now"""
+    """damaged derived objects that were quarantined now"""
     chunks_lost: int = 0
     """of those that are known: what a lost part of a manifest lists is not"""
     bytes_lost: int = 0
@@ -69,7 +71,7 @@ def repair(repository: Repository, *, data: Data = "all", origin: Origin | None 
 
     The repository may be one that was only connected to. Where its log is damaged nothing is written.
     Raises `Refused` (read-only), `StoreFull`, `Unavailable`: then nothing is worse than it was, and the next
-    repair goes on from there. A second repair finds nothing to do and commits nothing.
+    repair goes on from there. A second repair finds nothing to do; it only records what it read, as `check` does.
     """
     started = repository.clock.monotonic_seconds()
     checker = Checker(repository, data, for_repair=True)
@@ -86,6 +88,7 @@ def repair(repository: Repository, *, data: Data = "all", origin: Origin | None 
         if not _mend(found, origin, tried, report):
             break
         found = checker.look()
+    found.report.recorded = checker.record(found)
     checker.date(found)
     report.check, report.ok = found.report, found.report.ok
     report.chunks_lost, report.bytes_lost = len(found.needs.lost), sum(found.needs.lost.values())
@@ -111,7 +114,8 @@ def _mend(found: Examined, origin: Origin | None, tried: set[bytes], report: Rep
     segments = rebuild_segments(found)
     report.segments += segments
     packs, objects = quarantine(found.view, found.damaged_packs, found.damaged_derived)
-    report.quarantined += packs
+    report.quarantined += [name for name in packs if name not in found.missing]
+    report.missing += [name for name in packs if name in found.missing]
     report.ignored += objects
     return bool(rescued.chunks or fetched.chunks or segments or packs or objects)
 

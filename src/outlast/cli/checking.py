@@ -19,6 +19,7 @@ from outlast.cli.text import (
     short_id,
     size_text,
     span_seconds,
+    time_text,
 )
 from outlast.errors import InvalidInput, WrongKey
 
@@ -132,7 +133,10 @@ def _check_lines(report: CheckReport, share: Share) -> Iterator[str]:
     elif not report.ok:
         yield "Everything not named above is whole and can be restored."
     yield from _age_lines(report)
-    if any(damage.object.startswith("packs/") for damage in report.damaged):
+    damaged = {damage.object.partition("/")[0] for damage in report.damaged}
+    if damaged and damaged <= {"index", "state"}:
+        yield "To heal it: `outlast check --repair`."
+    elif damaged & {"packs"}:
         yield (
             "To heal it: `outlast check --repair`, with `--from` another repository or a folder that still has "
             "the files; or `outlast backup --full PATH`."
@@ -143,6 +147,11 @@ def _damage_lines(report: CheckReport) -> Iterator[str]:
     for damage in report.damaged:
         yield f"Damaged: {printable(damage.object)}: {printable(damage.problem)}"
         yield from _affected_lines(damage)
+    for each in report.unlisted[:_ITEMS_SHOWN]:
+        which = f"{short_id(each.id)} of {printable(each.name)}, {time_text(each.time)},"
+        yield f"Snapshot {which} can't be restored whole: its list of files is damaged."
+    if len(report.unlisted) > _ITEMS_SHOWN:
+        yield f"The same goes for {len(report.unlisted) - _ITEMS_SHOWN:,} more snapshots."
 
 
 def _affected_lines(damage: Damage) -> Iterator[str]:
@@ -158,11 +167,11 @@ def _place_lines(report: CheckReport) -> Iterator[str]:
         verb = "belongs" if report.unreferenced_packs == 1 else "belong"
         yield f"{unnamed} {verb} to no commit: a backup was cut short or is running, or log entries are missing."
     if report.condemned_packs:
-        given_up = f"{count_text(report.condemned_packs, 'pack')} ({size_text(report.condemned_bytes)})"
-        yield f"{given_up} given up: the next `outlast prune` deletes what has waited long enough."
+        condemned = f"{count_text(report.condemned_packs, 'pack')} ({size_text(report.condemned_bytes)})"
+        yield f"{condemned} condemned: the next `outlast prune` deletes what has waited long enough."
     if report.quarantined_packs:
-        aside = f"{count_text(report.quarantined_packs, 'damaged pack')} ({size_text(report.quarantined_bytes)})"
-        yield f"{aside} set aside: `outlast prune` deletes what nothing needs."
+        what = f"{count_text(report.quarantined_packs, 'damaged pack')} ({size_text(report.quarantined_bytes)})"
+        yield f"{what} quarantined: `outlast prune` deletes what nothing needs."
 
 
 def _age_lines(report: CheckReport) -> Iterator[str]:
@@ -200,9 +209,13 @@ def _repair_lines(report: RepairReport, share: Share) -> Iterator[str]:
         yield f"Stored again, from {printable(report.origin)}: {what}."
     if report.segments:
         yield f"Written anew: {count_text(report.segments, 'index segment')}."
-    aside = [*(f"packs/{name[:2]}/{name}" for name in report.quarantined), *report.ignored]
-    if aside:
-        yield f"Set aside, not deleted: {_some(aside)}."
+    quarantined = [*(f"packs/{name[:2]}/{name}" for name in report.quarantined), *report.ignored]
+    if quarantined:
+        yield f"Quarantined, not deleted: {_some(quarantined)}."
+    told = {damage.object for damage in report.check.damaged}
+    missing = [name for name in (f"packs/{each[:2]}/{each}" for each in report.missing) if name not in told]
+    if missing:
+        yield f"Missing: {_some(missing)}."
     for each in report.lost:
         yield from _lost_lines(each)
     if report.more_lost:
@@ -210,7 +223,7 @@ def _repair_lines(report: RepairReport, share: Share) -> Iterator[str]:
     yield from _check_lines(report.check, share)
     if report.refused:
         yield report.refused
-    elif report.ok and not (report.chunks_rescued or report.chunks_found or aside):
+    elif report.ok and not (report.chunks_rescued or report.chunks_found or quarantined or missing):
         yield "Nothing was to be repaired."
     elif report.chunks_lost:
         lost = f"{count_text(report.chunks_lost, 'chunk')} ({size_text(report.bytes_lost)})"

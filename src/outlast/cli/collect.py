@@ -24,6 +24,7 @@ from outlast.errors import Refused
 if TYPE_CHECKING:
     from outlast.repo.forget import ForgetPlan, ForgetReport
     from outlast.repo.prune import PrunePlan, PruneReport
+    from outlast.repo.prune_plan import Decided
     from outlast.repo.retention import Policy
 
 
@@ -88,7 +89,7 @@ def forget(
         return Refused.exit_code if refusal else 0
     report = execute(repository, planned, allow_empty=allow_empty)
     done = {"forgotten": report.forgotten, "already_gone": report.already_gone, "entry": report.entry}
-    call.result({"dry_run": False, **_document(planned), **done}, _report_lines(planned, report))
+    call.result({"dry_run": False, "refused": "", **_document(planned), **done}, _report_lines(planned, report))
     return 0
 
 
@@ -175,7 +176,7 @@ def _of(count: int, every: int) -> str:
 
 @click.command(
     cls=Command,
-    codes=(10, 12, 20, 21),
+    codes=(10, 11, 12, 20, 21),
     when_stopped="No snapshot is touched: the same command goes on from here.",
 )
 @click.option(
@@ -190,20 +191,21 @@ def _of(count: int, every: int) -> str:
     metavar="N%",
     default="50%",
     show_default=True,
-    help="Stop, with exit code 21, when more than this share of all bytes would newly be given up.",
+    help="Stop, with exit code 21, when more than this share of all bytes would newly be condemned.",
 )
 @click.option(
     "--grace",
     metavar="DURATION",
     default="1d",
     show_default=True,
-    help="How long packs stay readable after they were given up, for restores that run: 12h, 1d; 0 for not at all.",
+    help="How long condemned packs stay readable, for restores that run: 12h, 1d; 0 for not at all.",
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be done, and do nothing.")
 def prune(call: Call, max_unused: str, max_delete: str, grace: str, dry_run: bool) -> int:
     """Free the space of what no snapshot needs, while backups, restores and checks go on.
 
-    It takes two runs: one gives packs up, and one that comes at least --grace later deletes them.
+    It takes two runs. One condemns packs: they stay readable, but nothing new relies on them. One that comes
+    at least --grace later deletes them, unless a snapshot needs them again.
     """
     import msgspec
 
@@ -216,24 +218,26 @@ def prune(call: Call, max_unused: str, max_delete: str, grace: str, dry_run: boo
     if dry_run:
         planned = pruning.plan(repository, policy, dry_run=True)
         refusal = pruning.refusal(planned)
-        document = {"dry_run": True, "refused": refusal, **_prune_document(planned)}
+        document = {"dry_run": True, "refused": refusal, **_prune_document(planned.decided)}
         call.result(document, _prune_plan_lines(planned, refusal), always=True)
         return Refused.exit_code if refusal else 0
     report = pruning.prune(repository, policy)
-    call.result({"dry_run": False, **msgspec.to_builtins(report)}, _prune_lines(report, grace))
+    done = msgspec.to_builtins(report)
+    del done["decided"]
+    assert report.decided is not None
+    document = {"dry_run": False, "refused": "", **_prune_document(report.decided), **done}
+    call.result(document, _prune_lines(report, grace))
     return 0
 
 
-def _prune_document(plan: PrunePlan) -> dict[str, Any]:
-    decided = plan.decided
+def _prune_document(decided: Decided) -> dict[str, Any]:
     return {
         "bytes": decided.bytes_total,
         "bytes_needed": decided.bytes_needed,
-        "bytes_given_up": decided.bytes_freed,
+        "bytes_to_free": decided.bytes_freed,
         "packs": [
             {"pack": each.pack, "action": each.action, "bytes": each.bytes, "reason": each.reason}
             for each in decided.decisions
-            if each.action != "keep" or each.reason
         ],
     }
 
@@ -245,9 +249,9 @@ def _prune_plan_lines(plan: PrunePlan, refusal: str) -> Iterator[str]:
         reason = "only part of it is needed" if each.action == "repack" else each.reason or "it is needed"
         groups.setdefault((_WORDS[each.action], reason), []).append(each.bytes)
     rewriting = decided.of("repack")
-    given_up = sum(each.bytes for each in [*rewriting, *decided.of("condemn")])
+    condemned = sum(each.bytes for each in [*rewriting, *decided.of("condemn")])
     needed = size_text(sum(each.needed_bytes for each in rewriting))
-    rewritten = f", {needed} of it written anew" if rewriting else ""
+    rewritten = f", rewrite {needed} of it" if rewriting else ""
     yield from table(
         ("ACTION", "PACKS", "BYTES", "REASON"),
         (
@@ -257,8 +261,8 @@ def _prune_plan_lines(plan: PrunePlan, refusal: str) -> Iterator[str]:
         right="PACKS BYTES",
     )
     yield (
-        f"Would give up {size_text(given_up)} of {size_text(decided.bytes_total)}{rewritten}, and delete "
-        f"{size_text(sum(each.bytes for each in decided.of('sweep')))} that was given up before. Nothing was changed."
+        f"Would condemn {size_text(condemned)} of {size_text(decided.bytes_total)}{rewritten}, and delete "
+        f"{size_text(sum(each.bytes for each in decided.of('sweep')))} that was condemned before. Nothing was changed."
     )
     if refusal:
         yield f"It would be refused: {refusal}"
@@ -267,7 +271,7 @@ def _prune_plan_lines(plan: PrunePlan, refusal: str) -> Iterator[str]:
 _WORDS = {
     "keep": "keep",
     "repack": "rewrite",
-    "condemn": "give up",
+    "condemn": "condemn",
     "wait": "wait",
     "sweep": "delete",
     "rescue": "take back",
@@ -276,19 +280,19 @@ _WORDS = {
 
 def _prune_lines(report: PruneReport, grace: str) -> Iterator[str]:
     if report.repacked:
-        yield f"Repacked {count_text(report.repacked, 'pack')}, {size_text(report.bytes_repacked)} written."
+        yield f"Rewrote {count_text(report.repacked, 'pack')}, {size_text(report.bytes_repacked)} written."
     if report.rescued:
-        yield f"Took back {count_text(report.rescued, 'pack')} that had been given up but are needed."
+        yield f"Took back {count_text(report.rescued, 'pack')}: condemned before, and needed after all."
     if report.condemned:
-        yield f"Gave up {count_text(report.condemned, 'pack')}, {size_text(report.bytes_condemned)}."
+        yield f"Condemned {count_text(report.condemned, 'pack')}, {size_text(report.bytes_condemned)}."
     if report.swept or report.condemned or report.waiting:
         yield f"Deleted {count_text(report.swept, 'pack')}, {size_text(report.bytes_freed)}."
     else:
         yield "Nothing to prune."
     if report.waiting:
         yield (
-            f"Given up and still readable: {count_text(report.waiting, 'pack')}, {size_text(report.bytes_waiting)}. "
-            f"A prune that runs {grace} after they were given up deletes them."
+            f"Condemned and still readable: {count_text(report.waiting, 'pack')}, {size_text(report.bytes_waiting)}. "
+            f"A prune that runs {grace} after they were condemned deletes them."
         )
     if report.unnamed:
         yield (

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import re
+import shlex
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
 import click
 
 from outlast.cli.command import PARTLY_DONE, Argument, Call, Command
-from outlast.cli.passphrase import FROM_VARIABLE, Secret, is_source_given, source_secret
+from outlast.cli.passphrase import FROM_VARIABLE, VARIABLE, Secret, is_source_given, source_secret
 from outlast.cli.text import count_text, duration_text, path_shown, printable, short_id, size_text
-from outlast.errors import InvalidInput, Refused
+from outlast.errors import (
+    Busy,
+    Corrupt,
+    InvalidInput,
+    NoRepository,
+    NotFound,
+    OutlastError,
+    Refused,
+    StoreFull,
+    WrongKey,
+)
 
 if TYPE_CHECKING:
     from outlast.repo.copy import CopyReport, Uncopied
@@ -19,6 +33,7 @@ if TYPE_CHECKING:
     from outlast.store.base import ObjectStore
 
 _FILES_SHOWN = 10
+_COMMAND = re.compile(r"`(outlast (?!copy\b)[^`]+)`")
 
 
 class _Source(Call):
@@ -90,15 +105,102 @@ def copy(
         if call.options.repo not in (None, target):
             raise InvalidInput("--to and --repo name two repositories; nothing was done.", hint="Leave --repo out.")
         call.options = call.options._replace(repo=target)
+    if not (call.options.repo or os.environ.get("OUTLAST_REPO")):
+        raise InvalidInput("no repository to copy to was named; nothing was done.", hint="Give --to URL.")
     origin = _Source(call, source, from_passphrase_file, from_passphrase_command)
-    copied_from = origin.readable_repository()
-    copied_to = call.repository()
-    chosen = [origin.snapshot(copied_from, each, name).id for each in snapshot]
-    report = run(copied_from, copied_to, chosen, name=name)
+    with _naming_source(origin):
+        copied_from = origin.readable_repository()
+        chosen = [origin.snapshot(copied_from, each, name).id for each in snapshot]
+    with _naming_target(call):
+        copied_to = call.repository()
+    with _naming_both(copied_from, copied_to, chosen, name):
+        report = run(copied_from, copied_to, chosen, name=name)
     call.warnings += origin.warnings
     call.result(msgspec.to_builtins(report), _report_lines(report), always=bool(report.failed))
     # Of a source with a damaged log nobody knows which snapshots it lacks.
     return PARTLY_DONE if report.failed or (origin.warnings and not snapshot) else 0
+
+
+# -- errors name their repository ----------------------------------------------------------------
+
+
+@contextmanager
+def _naming_source(origin: _Source) -> Iterator[None]:
+    url = ""
+    try:
+        url = origin.store().url
+        yield
+    except OutlastError as exc:
+        if isinstance(exc, NoRepository):
+            exc.hint = "Give --from the URL of the repository to copy from."
+        elif isinstance(exc, WrongKey) and not exc.hint:
+            exc.hint = f"Give its passphrase by {FROM_VARIABLE}, --from-passphrase-file or --from-passphrase-command."
+        _name(exc, f"copying from {url}" if url else "--from", url)
+        raise
+
+
+@contextmanager
+def _naming_target(call: Call) -> Iterator[None]:
+    url = ""
+    try:
+        url = call.store().url
+        yield
+    except OutlastError as exc:
+        if isinstance(exc, WrongKey) and not exc.hint:
+            exc.hint = f"Give its passphrase by {VARIABLE}, --passphrase-file or --passphrase-command."
+        _name(exc, f"copying to {url}" if url else "--to", url)
+        raise
+
+
+@contextmanager
+def _naming_both(source: Repository, target: Repository, chosen: Sequence[str], name: str | None) -> Iterator[None]:
+    """Of an error half-way also tell how much was copied: there is no report then."""
+    before = set(target.state.snapshots)
+    place, other = target.store.url, source.store.url
+    asked = {each.id for each in source.snapshots() if each.id in chosen or (not chosen and name in (None, each.name))}
+    try:
+        yield
+    except OutlastError as exc:
+        if source.format.id == target.format.id:
+            again = f"`outlast copy --from {_word(other)} --to URL`"
+            exc.hint = f"Make another repository for the copies: `outlast init --repo URL`, then {again}."
+            raise
+        if isinstance(exc, NotFound | InvalidInput):
+            _name(exc, f"copying from {other}", other)
+            raise
+        exc.message += f" {_so_far(asked, before, target.state.snapshots)}"
+        if isinstance(exc, Busy | Corrupt | Refused | StoreFull):  # what is wrong with the source is in the report
+            _name(exc, f"copying to {place}", place)
+        else:
+            _name(exc, f"copying from {other} to {place}", other if other in exc.message else place)
+        raise
+
+
+def _name(exc: OutlastError, doing: str, url: str) -> None:
+    """Say in an error what was being done, and in the commands of its hint to which repository."""
+    exc.message = f"{doing}: {exc.message}"
+    if url:
+        exc.hint = _COMMAND.sub(lambda found: f"`{found[1]} --repo {_word(url)}`", exc.hint)
+
+
+def _word(url: str) -> str:
+    return shlex.quote(url)
+
+
+def _so_far(asked: Collection[str], before: Collection[str], now: Collection[str]) -> str:
+    """
+    >>> _so_far({"a", "b", "c"}, {"a", "x"}, {"a", "b", "x"})
+    'Of 3 snapshots 1 was copied before that, 1 was there already, 1 is left.'
+    """
+    present = sum(each in before for each in asked)
+    copied = sum(each in now for each in asked) - present
+    left = len(asked) - present - copied
+    parts = ((copied, "copied before that"), (present, "there already"))
+    told = [f"{count:,} {'was' if count == 1 else 'were'} {what}" for count, what in parts]
+    return f"Of {count_text(len(asked), 'snapshot')} {', '.join(told)}, {left:,} {'is' if left == 1 else 'are'} left."
+
+
+# -- what is printed -----------------------------------------------------------------------------
 
 
 def _report_lines(report: CopyReport) -> Iterator[str]:
@@ -117,6 +219,12 @@ def _report_lines(report: CopyReport) -> Iterator[str]:
     )
     if report.skipped:
         yield f"There already: {count_text(len(report.skipped), 'snapshot')}."
+    if report.failed:
+        every = len(report.copied) + len(report.skipped) + len(report.failed)
+        yield (
+            f"Left: {len(report.failed):,} of {count_text(every, 'snapshot')}. "
+            f"`outlast check --data all --repo {printable(_word(report.source))}` tells what is damaged there."
+        )
 
 
 def _failure_lines(failed: Uncopied) -> Iterator[str]:

@@ -20,7 +20,11 @@ _CODES = (10, 11, 12, 20, 21)
 
 @click.group(cls=Group)
 def key() -> None:
-    """Give others a passphrase of their own, take it back, and change the keys that data is sealed with."""
+    """Give others a passphrase of their own, take it back, and change the keys that data is sealed with.
+
+    Exit codes: 0 done; 1 failed; 2 wrong usage; 10 no repository; 11 busy; 12 wrong key; 20 corrupt; 21 refused;
+    130 cancelled.
+    """
 
 
 @key.command("list", cls=Command, codes=(10, 12, 20, 21))
@@ -97,8 +101,9 @@ def remove(call: Call, id: str) -> None:
 def rotate(call: Call) -> None:
     """Make a new data key, and seal everything with it from now on.
 
-    What is stored already stays readable, and sealed with the old data keys until `outlast prune`
-    repacks it. The keys of other passphrases lack the new data key: add those passphrases again.
+    What is stored already stays sealed with the old data keys: your passphrase reads it as before, and
+    so does whoever kept an old data key. The keys of other passphrases lack the new data key: add those
+    passphrases again, by `outlast key add`.
     """
     from outlast.repo import keyring
 
@@ -116,10 +121,17 @@ def rotate(call: Call) -> None:
     }
     call.result(
         document,
-        [
-            f"Data key {change.epoch} is in use from now on; your passphrase stays the same.",
-            "What was stored before is sealed with it as `outlast prune` repacks it.",
-        ],
+        _rotated_lines(change.epoch),
+    )
+
+
+def _rotated_lines(epoch: int) -> Iterator[str]:
+    yield f"Everything stored from now on is sealed with data key {epoch}. Your passphrase is the same, and reads all."
+    yield "What was stored before stays sealed with the older data keys: whoever kept one can still read it."
+    yield (
+        f"`outlast prune --max-unused 0%` seals with data key {epoch} what is needed of the old packs that hold "
+        "unneeded data too. Old packs that are needed whole, and the log until now, stay as they are: only "
+        "`outlast copy` to a new repository, made by `outlast init --encrypt`, seals those anew."
     )
 
 

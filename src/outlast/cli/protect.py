@@ -148,9 +148,21 @@ def snapshots(call: Call, name: str | None, tag: Sequence[str]) -> int:
             repository.find_snapshot("latest", name)
         except NotFound as exc:  # the same words as where one snapshot is asked for
             call.printer.warn(exc.message)
+    _warn_of_the_future(call, repository, named)
     found = [snapshot for snapshot in named if tags.items() <= snapshot.tags.items()]
     call.printer.result([snapshot_document(each) for each in found], _snapshot_lines(found), always=True)
     return CORRUPT if call.warnings else 0
+
+
+def _warn_of_the_future(call: Call, repository: Repository, every: list[Snapshot]) -> None:
+    """What a wrong clock made, or a forgery, is `latest` until its time has come."""
+    from outlast.records import time_text as rfc3339
+    from outlast.repo.retention import FUTURE_SECONDS_MAX
+
+    limit = rfc3339(repository.clock.now_ns() + FUTURE_SECONDS_MAX * 10**9)
+    if every and (each := every[-1]).time > limit:
+        known = f"snapshot {short_id(each.id)} of {each.name} lies in the future ({time_text(each.time)})"
+        call.printer.warn(f"{known}, so `latest` means it. To remove it: `outlast forget {short_id(each.id)}`.")
 
 
 def _snapshot_lines(found: list[Snapshot]) -> Iterator[str]:

@@ -25,7 +25,10 @@ _EXPECTED = re.compile(r"([0-9]{1,20}):([0-9a-f]{64})")
 
 @click.group(cls=Group)
 def repo() -> None:
-    """What a repository holds, what happened to it, and the proof that its history is whole."""
+    """What a repository holds, what happened to it, and the proof that its history is whole.
+
+    Exit codes: 0 done; 1 failed; 2 wrong usage; 10 no repository; 12 wrong key; 20 corrupt; 21 refused; 130 cancelled.
+    """
 
 
 # -- stats ---------------------------------------------------------------------------------------
@@ -102,7 +105,7 @@ def _place_rows(found: Stats) -> Iterator[tuple[str, str, str]]:
     places = found.places
     rows: list[tuple[str, Objects, bool]] = [
         ("packs", places.live, True),
-        ("packs given up", places.condemned, False),
+        ("packs condemned", places.condemned, False),
         ("packs quarantined", places.quarantined, False),
         ("packs in no entry", places.unreferenced, False),
         ("log", places.log, True),

@@ -11,7 +11,7 @@ hold: a chunk counts as lost where a snapshot needs it and no pack at all gives 
 log doesn't name are leftovers of unfinished work, no damage, unless there is no log at all.
 
 Others may work on the repository meanwhile. Where damage was found, and something was forgotten or
-given up since the log was read, that may be all there is to it: then everything is looked at again.
+condemned since the log was read, that may be all there is to it: then everything is looked at again.
 
 Checking changes nothing, but for one log entry that says which packs were read whole and are sound:
 the next check of a part of the data takes those that were not verified for longest.
@@ -27,13 +27,15 @@ from outlast import records
 from outlast.clock import SYSTEM_CLOCK, Clock
 from outlast.errors import Corrupt, NotFound, OutlastError, WrongKey
 from outlast.events import NULL_SINK, Event, EventSink
-from outlast.repo import chain, seal
+from outlast.records import PackRef
+from outlast.repo import chain, pack, seal
 from outlast.repo.form import OBJECT_BYTES_MAX
-from outlast.repo.index import Index, footer_rows, indexed_pack, read_segment
+from outlast.repo.index import Index, Location, footer_rows, indexed_pack, read_segment
 from outlast.repo.keyring import Secret, read_slot
 from outlast.repo.log import ENTRY_BYTES_MAX, entry_name
-from outlast.repo.pack import object_name
+from outlast.repo.pack import Footer, object_name
 from outlast.repo.references import Findings, Needs, References
+from outlast.repo.repack import unreadable
 from outlast.repo.repository import SEGMENT_BYTES_MAX, Repository
 from outlast.repo.scrub import Checked, Data, Scrub, Task, choose, refuse_senseless, why
 from outlast.repo.state import FORGET, KEY, QUARANTINE, SWEEP, VERIFIED, State
@@ -42,7 +44,7 @@ from outlast.store.base import ObjectStore
 _LOOKS = 4
 _NAMES_MAX = 100_000
 _MISSING_KEY = "It is missing: its passphrase opens nothing any more. If that is right, `outlast key remove` it."
-_DERIVED = "It is derived from the packs and costs nothing: delete it, and it is made again when it is due."
+_DERIVED = "It is derived from the packs and costs nothing: `outlast check --repair` writes it anew."
 
 
 class Damage(msgspec.Struct):
@@ -55,6 +57,14 @@ class Damage(msgspec.Struct):
     problem: str
     snapshots: list[str] = []
     files: list[str] = []
+
+
+class UnlistedSnapshot(msgspec.Struct):
+    """A snapshot whose manifest can't be read in full, so that it isn't known which files it has."""
+
+    id: str
+    name: str
+    time: str
 
 
 class CheckReport(msgspec.Struct):
@@ -74,6 +84,7 @@ class CheckReport(msgspec.Struct):
     condemned_packs: int = 0
     condemned_bytes: int = 0
     quarantined_packs: int = 0
+    """those that are not missing, too"""
     quarantined_bytes: int = 0
     bytes: int = 0
     packs_unread: int = 0
@@ -82,6 +93,8 @@ class CheckReport(msgspec.Struct):
     """of live packs whose every byte was read and right, now or in an earlier check"""
     verified_since: str = ""
     """the longest ago that any of these was last read, RFC 3339"""
+    unlisted: list[UnlistedSnapshot] = []
+    """snapshots that can't be restored whole, and of which not even every file can be named"""
     recorded: bool = False
     """the log now says which packs were read and are sound"""
     keyless: bool = False
@@ -131,6 +144,8 @@ class Examined(msgspec.Struct):
     """live ones"""
     damaged_derived: list[str]
     """objects"""
+    missing: set[str]
+    """packs whose objects are not there"""
     covered: set[str]
     """packs that a sound index segment tells of"""
     bad: dict[bytes, set[str]]
@@ -147,7 +162,7 @@ class Checker:
         refuse_senseless(data, max_seconds)
         self._repository = repository
         self._data = data
-        self._for_repair = for_repair
+        self._likely: dict[str, Footer | None] | None = {} if for_repair else None
         self._scrub = Scrub(repository.store, repository.clock, repository.sink, max_seconds)
         self._chosen: set[str] | None = None
         self._read: set[str] = set()
@@ -184,7 +199,7 @@ class Checker:
         for name, when in look.view.state.damaged.items():
             if name not in self._read:
                 look.not_read_again(name, when)
-        found = look.end(collect=self._for_repair)
+        found = look.end(self._likely)
         found.report.bytes_read = self._scrub.bytes_read
         found.report.packs_unread = len(look.good - self._read)
         return found
@@ -237,7 +252,7 @@ def _record(view: Repository, sound: list[str], damaged: list[str]) -> bool:
 
 
 def _may_be_outdated(look: _Look) -> bool:
-    """Whether since the log was read something was forgotten or given up."""
+    """Whether since the log was read something was forgotten, swept or quarantined, or keys changed."""
     seq = look.seq
     try:
         while True:
@@ -249,6 +264,21 @@ def _may_be_outdated(look: _Look) -> bool:
                 return True
     except (NotFound, Corrupt, WrongKey):
         return False
+
+
+def _damaged_footer(view: Repository, ref: PackRef) -> Footer:
+    """What can be believed of a footer without the right hash. Raises `Corrupt`, `NotFound`, `Unavailable`."""
+    guess = min(ref.bytes, ref.chunks * pack.RECORD.itemsize + pack.TRAILER.size)
+    ends = [(0, min(ref.bytes, pack.HEADER.size)), (ref.bytes - guess, guess)]
+    front, tail = view.store.get_ranges(object_name(ref.name), ends)
+    damaged = pack.DamagedFooter(front, tail, ref.name, ref.bytes, ref.chunks)
+    footer = damaged.records()
+    if footer.epoch not in (view.keys.epochs if view.keys else (0,)):
+        raise Corrupt(f"pack {ref.name[:16]} seems to be sealed with a key that the repository never had.")
+    holder = indexed_pack(footer)
+    rows = [(chunk, Location(holder, *where)) for chunk, _, *where, _ in footer.records.tolist()]
+    sound = {chunk for chunk, _ in rows}.difference(unreadable(view, rows))
+    return damaged.flipped_back(sound) or footer
 
 
 class _Look:
@@ -266,6 +296,7 @@ class _Look:
         self._index = Index()
         self._rows: dict[str, bytes] = {}
         self._damaged: set[str] = set()
+        self._missing: set[str] = set()
         self._bad: dict[bytes, set[str]] = {}
         self._covered: set[str] = set()
         self._chunks = 0
@@ -297,22 +328,36 @@ class _Look:
         problem = f"It was damaged when its data was read on {when[:10]}, and was not read now."
         self._findings.problem(object_name(pack), problem)
 
-    def end(self, *, collect: bool) -> Examined:
+    def end(self, likely: dict[str, Footer | None] | None) -> Examined:
+        """`likely`: for a repair, what earlier looks made of damaged footers; it is added to."""
         view, findings = self.view, self._findings
         state = view.state
         self._index.sort()
         self._check_segments()
+        footless = state.readable_packs().keys() - self._index.packs
+        if likely is not None:
+            self._try_footers(footless - self._missing, likely)
         view.use_index(self._index)
         references = References(
-            view, findings, sound=self.good - self._damaged, good=self.good, bad=self._bad, collect=collect
+            view,
+            findings,
+            sound=self.good - self._damaged,
+            good=self.good,
+            bad=self._bad,
+            footless=footless,
+            missing=self._missing,
+            collect=likely is not None,
         )
         references.walk()
+        report = self._report(state)
+        report.unlisted = [UnlistedSnapshot(each.id, each.name, each.time) for each in references.unlisted.values()]
         return Examined(
-            self._report(state),
+            report,
             view,
             self._log_is_whole,
             self._damaged,
             [name for name in findings.problems if name.startswith(("index/", "state/"))],
+            self._missing,
             self._covered,
             self._bad,
             references.needs,
@@ -321,6 +366,7 @@ class _Look:
     def _report(self, state: State) -> CheckReport:
         damaged = [self._damage(name) for name in self._findings.problems]
         named = {object_name(name) for name in state.readable_packs()}
+        quarantined = [each.bytes for name, each in state.quarantined.items() if name not in self._missing]
         unnamed = [size_bytes for name, size_bytes in self.sizes.items() if name not in named]
         return CheckReport(
             ok=not damaged,
@@ -334,8 +380,8 @@ class _Look:
             unreferenced_bytes=sum(unnamed),
             condemned_packs=len(state.condemned),
             condemned_bytes=sum(each.bytes for each in state.condemned.values()),
-            quarantined_packs=len(state.quarantined),
-            quarantined_bytes=sum(each.bytes for each in state.quarantined.values()),
+            quarantined_packs=len(quarantined),
+            quarantined_bytes=sum(quarantined),
             bytes=sum(each.bytes for each in state.packs.values()),
         )
 
@@ -377,6 +423,8 @@ class _Look:
     def take(self, checked: Checked) -> None:
         """What came of a pack."""
         name = checked.ref.name
+        if checked.is_missing:
+            self._missing.add(name)
         if name in self.view.state.packs:
             self._take_live(checked)
         if checked.footer is not None:
@@ -394,6 +442,18 @@ class _Look:
         if checked.footer is not None:
             self.good.add(name)
             self._chunks += len(checked.footer.records)
+
+    def _try_footers(self, packs: set[str], likely: dict[str, Footer | None]) -> None:
+        """Chunks by what damaged footers say. They are in no sound pack, so each is read before it counts as there."""
+        view, readable = self.view, self.view.state.readable_packs()
+        for name in packs - likely.keys():
+            try:
+                likely[name] = _damaged_footer(view, readable[name])
+            except OutlastError as exc:
+                why(view.store, exc)
+                likely[name] = None
+        self._index.add(filter(None, map(likely.get, packs)))
+        self._index.sort()
 
     # -- derived objects -------------------------------------------------------------------------
 

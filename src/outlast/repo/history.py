@@ -58,10 +58,10 @@ def _packs(entry: LogEntry, before: State, size_text: SizeText) -> str:
 
 def _rescued(entry: LogEntry, before: State, size_text: SizeText) -> Iterator[str]:
     refs = _refs(entry)
-    given_up = [ref.bytes for ref in refs if ref.name in before.condemned]
+    condemned = [ref.bytes for ref in refs if ref.name in before.condemned]
     damaged = [ref.bytes for ref in refs if ref.name in before.quarantined]
-    if given_up:
-        yield f"took back {_packs_text(given_up, size_text)}, that had been given up"
+    if condemned:
+        yield f"took back {_packs_text(condemned, size_text)}, condemned before"
     if damaged:
         yield f"took {_packs_text(damaged, size_text)} out of quarantine"
 
@@ -77,7 +77,7 @@ def _forget(entry: LogEntry, before: State, size_text: SizeText) -> str:
 
 
 def _condemn(entry: LogEntry, before: State, size_text: SizeText) -> str:
-    return f"gave up {_packs_text([ref.bytes for ref in _refs(entry)], size_text)}"
+    return f"condemned {_packs_text([ref.bytes for ref in _refs(entry)], size_text)}"
 
 
 def _sweep(entry: LogEntry, before: State, size_text: SizeText) -> str:
@@ -93,7 +93,7 @@ def _quarantine(entry: LogEntry, before: State, size_text: SizeText) -> str:
     sizes = [before.packs[name].bytes for name in _listed(entry, "packs") if name in before.packs]
     objects = _listed(entry, "objects")
     parts = [f"quarantined {_packs_text(sizes, size_text)}, damaged"] if sizes else []
-    parts += [f"set aside {_count(len(objects), 'damaged object')}: {_some(objects)}"] if objects else []
+    parts += [f"quarantined {_count(len(objects), 'damaged object')}: {_some(objects)}"] if objects else []
     return ", ".join(parts) or "quarantined nothing"
 
 

@@ -204,8 +204,8 @@ class Index:
         self.sort()
         return np.asarray(self._keys), self._parts
 
-    def add_segment(self, data: bytes, name: str, keys: Keys | None, wanted: Container[str] | None = None) -> None:
-        """Fold what a segment says of packs that are not known yet, and of those only the `wanted` ones.
+    def add_segment(self, data: bytes, name: str, keys: Keys | None, wanted: Container[str] | None = None) -> set[str]:
+        """Fold what a segment says of packs that are not known yet, of those only the `wanted` ones. Gives their names.
 
         `data` is kept. Raises `Corrupt`, having changed nothing, when it isn't what its name says.
         """
@@ -218,7 +218,7 @@ class Index:
             and (wanted is None or pack.name in wanted)
         }
         if not new:
-            return
+            return new
         self._join_pending()
         kept = None
         if len(new) < len(packs):
@@ -227,6 +227,7 @@ class Index:
                 rows, kept = rows[kept], None
         self._add_part(rows, packs, kept)
         self._known |= new
+        return new
 
     def forget_packs(self, names: set[str]) -> None:
         """Packs that are gone: from now on nothing is found in them, and they are never added again."""

@@ -25,7 +25,7 @@ from outlast.store.base import ObjectStore
 _NAME = re.compile(r"packs/[0-9a-f]{2}/[0-9a-f]{64}")
 _NOT_CHECKED = [
     "the log: whether its entries are the ones that were written, in an unbroken chain",
-    "whether packs are missing, and whether damaged ones are needed at all or were set aside before",
+    "whether packs are missing, and whether damaged ones are needed at all or were quarantined before",
     "manifests: which snapshots and files damage costs",
 ]
 

@@ -66,7 +66,7 @@ class Log:
         self._lock = threading.RLock()
         self.state = State(0, anchor)
         self.swept: set[str] = set()
-        """packs that were given up since this log was loaded: a session that relies on one has to begin again"""
+        """packs that were swept since this log was loaded: a session that relies on one has to begin again"""
         self.damage = ""
         """why nothing can be committed: what some entries said is unknown"""
 

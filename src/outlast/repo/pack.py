@@ -155,6 +155,55 @@ def parse_footer(tail: bytes, name: str, size: int) -> Footer:
     return Footer(name, epoch, bool(flags & _ENCRYPTED), salt, records)
 
 
+class DamagedFooter:
+    """What a footer without the right hash may still say, for a repair alone.
+
+    `front`: the pack's first bytes, `tail`: its end; `size`, `count`: bytes and records by the log, so that
+    nothing is needed that the trailer says of them. Raises `Corrupt` where nothing can be believed.
+    """
+
+    def __init__(self, front: bytes, tail: bytes, name: str, size: int, count: int) -> None:
+        table_offset = size - TRAILER.size - count * RECORD.itemsize
+        if table_offset < HEADER.size or len(front) < HEADER.size or len(tail) < size - table_offset:
+            raise Corrupt(f"pack {name[:16]} has no room for the {count} chunks that the log tells of.")
+        self._name, self._size, self._table_offset = name, size, table_offset
+        self._table = tail[table_offset - size : -TRAILER.size]
+        copies = [tail[-TRAILER.size :][: HEADER.size], front[: HEADER.size]]
+        if digest(self._table + copies[1] + struct.pack("<IIQ", count, 0, table_offset)).hex() == name:
+            copies.reverse()  # then it is the trailer's copy that is damaged
+        for header in copies:
+            magic, version, flags, self._epoch, self._salt = HEADER.unpack(header)
+            if magic == _MAGIC and version == 1 and not flags & ~_ENCRYPTED:
+                break
+        else:
+            raise Corrupt(f"pack {name[:16]} has no header that this version can read.")
+        self._encrypted = bool(flags & _ENCRYPTED)
+        self._trailer = TRAILER.pack(header, count, 0, table_offset, bytes.fromhex(name), _FOOT)
+
+    def records(self) -> Footer:
+        """Those within bounds. None is proven: what is read by one is right when it has its chunk's id."""
+        records, end = np.frombuffer(self._table, RECORD), self._table_offset
+        inside = (records["offset"] >= HEADER.size) & (records["offset"] <= end)
+        inside &= records["offset"] + records["stored"] <= end
+        sane = (records["plain"] <= CHUNK_BYTES_MAX) & (records["stored"] <= CHUNK_BYTES_MAX + TAG_BYTES)
+        return Footer(self._name, self._epoch, self._encrypted, self._salt, records[inside & sane])
+
+    def flipped_back(self, sound: set[bytes]) -> Footer | None:
+        """The footer as it was written, if a single bit was flipped in the one record of no `sound` chunk."""
+        rows = range(0, len(self._table), RECORD.itemsize)
+        doubtful = [at for at in rows if self._table[at : at + 32] not in sound]
+        if len(doubtful) != 1:
+            return None
+        for bit in range(8 * RECORD.itemsize):
+            table = bytearray(self._table)
+            table[doubtful[0] + bit // 8] ^= 1 << bit % 8
+            try:
+                return parse_footer(bytes(table) + self._trailer, self._name, self._size)
+            except Corrupt:
+                continue
+        return None
+
+
 def runs(records: NDArray[np.void]) -> Iterator[tuple[int, NDArray[np.void]]]:
     """Neighbouring records, in runs of up to 8 MiB to read at once: (offset of the first, records)."""
     first = 0

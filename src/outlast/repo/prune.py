@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from outlast.errors import Corrupt, OutlastError, Refused
+from outlast.errors import Corrupt, NotFound, OutlastError, Refused
 from outlast.events import Event
 from outlast.records import PackRef, Snapshot
 from outlast.repo.index import Location
@@ -74,6 +74,8 @@ class PruneReport(msgspec.Struct):
     extended: int = 0
     """objects whose Object Lock was extended"""
     seconds: float = 0.0
+    decided: Decided | None = None
+    """what was decided about each pack at first; a prune without grace decides again after it has condemned"""
 
 
 class Stale(Exception):
@@ -81,7 +83,7 @@ class Stale(Exception):
 
 
 class _NewSnapshots(Exception):
-    """What these need has to be read before anything can be given up."""
+    """What these need has to be read before anything can be condemned."""
 
     def __init__(self, snapshots: list[Snapshot]) -> None:
         super().__init__()
@@ -114,15 +116,44 @@ def plan(repository: Repository, policy: Policy | None = None, *, dry_run: bool 
         )
     now = repository.clock.now_ns() / 1e9 if dry_run else _store_time_seconds(repository)
     facts = _facts(repository, usage, now)
+    decided = decide(facts, policy)
+    _refuse_lies(repository, {each.pack for each in decided.of("condemn", "repack", "sweep")})
     return PrunePlan(
         policy,
         facts,
-        decide(facts, policy),
+        decided,
         usage,
         frozenset(state.snapshots),
         frozenset(state.packs),
         frozenset(state.quarantined),
     )
+
+
+def _refuse_lies(repository: Repository, names: set[str]) -> None:
+    """What these packs hold is known from index segments: before they go, their own footers have the last word.
+
+    Raises `Corrupt` where a segment left something out. A damaged footer is no reason: then a segment is all there is.
+    """
+    seen = {footer.name for footer in repository.uncovered}
+    refs = [ref for name in names - seen if (ref := repository.state.find(name)) is not None]
+
+    def lied_about(ref: PackRef) -> bool:
+        try:
+            footer = repository.read_footer(ref)
+        except (Corrupt, NotFound):
+            return False
+        return any(
+            all((copy.pack.name, copy.offset) != (ref.name, offset) for copy in repository.index.copies(chunk))
+            for chunk, _, offset, *_ in footer.records.tolist()
+        )
+
+    with ThreadPoolExecutor(repository.store.capabilities.concurrency) as threads:
+        lied = [ref.name for ref, lie in zip(refs, threads.map(lied_about, refs), strict=True) if lie]
+    if lied:
+        raise Corrupt(
+            f"an index segment is wrong about what pack {lied[0][:16]} holds, so nothing was pruned.",
+            hint="`outlast check --repair` writes the segment anew; then prune again.",
+        )
 
 
 def _facts(repository: Repository, usage: Usage, now_seconds: float) -> list[PackFacts]:
@@ -220,12 +251,13 @@ def execute(repository: Repository, planned: PrunePlan, report: PruneReport) -> 
     report.waiting, report.bytes_waiting = len(waiting), sum(each.bytes for each in waiting)
     young = [each for each in planned.facts if each.place == "unnamed" and each.name not in given_up]
     report.unnamed, report.bytes_unnamed = len(young), sum(each.bytes for each in young)
+    report.decided = report.decided or decided
     repository.log.save_state()
     report.segments += tidy(repository, swept=report.swept > swept_before)
 
 
 def refusal(planned: PrunePlan) -> str:
-    """Why the plan must not be carried out, or "": it gives up more than the policy lets go at once."""
+    """Why the plan must not be carried out, or "": it condemns more than the policy lets go at once."""
     share, limit = planned.decided.share_freed, planned.policy.max_delete
     if round(share, 3) <= limit:
         return ""
@@ -281,9 +313,9 @@ def _unproven(repository: Repository, usage: Usage, names: set[str]) -> set[str]
 def _condemn(
     repository: Repository, planned: PrunePlan, names: set[str], relied_on: Collection[str], report: PruneReport
 ) -> None:
-    """Commit that packs are given up, for the state just before: what new snapshots need of them is left out.
+    """Commit that packs are condemned, for the state just before: what new snapshots need of them is left out.
 
-    `relied_on`: live packs that hold what the others are given up for.
+    `relied_on`: live packs that hold what the others are condemned for.
     """
     if not names:
         return

@@ -62,7 +62,7 @@ class Decided(msgspec.Struct, frozen=True):
 
     @property
     def share_freed(self) -> float:
-        """Of all bytes under `packs/`: what this plan newly gives up."""
+        """Of all bytes under `packs/`: what this plan newly condemns, less what repacking writes anew."""
         return self.bytes_freed / self.bytes_total if self.bytes_total else 0.0
 
 

@@ -6,6 +6,7 @@ whatever the number of snapshots; only the lines that straddle two chunks are lo
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TypeVar
 
 import msgspec
@@ -24,6 +25,7 @@ HURT_FILES_MAX = 1000
 PROBLEMS_MAX = 100
 _PLACES_MAX = 4
 _CHUNKS_MAX = 100_000
+_SUSPECTS_NAMED = 10
 _MORE = "There is more of this kind."
 
 T = TypeVar("T")
@@ -103,7 +105,7 @@ class Needs(msgspec.Struct):
     """Chunks that snapshots need and that lie in no sound live pack. For a repair, which asks for it."""
 
     endangered: dict[bytes, None] = {}
-    """they can still be read, from packs that are damaged or given up"""
+    """they can still be read, from packs that are damaged or condemned"""
     lost: dict[bytes, int] = {}
     """chunk -> plain bytes: no pack gives it"""
     places: dict[bytes, list[tuple[str, int]]] = {}
@@ -115,7 +117,8 @@ class Needs(msgspec.Struct):
 
 class References:
     """`sound`: live packs in which nothing is wrong; `good`: live packs whose footers are sound;
-    `bad`: chunk -> packs in which its payload is damaged. `collect`: note files and places in `needs`."""
+    `bad`: chunk -> packs in which its payload is damaged; `footless`: packs of which it isn't known for sure
+    what they hold; `missing`: packs whose objects are not there. `collect`: note files and places in `needs`."""
 
     def __init__(
         self,
@@ -125,6 +128,8 @@ class References:
         sound: set[str],
         good: set[str],
         bad: dict[bytes, set[str]],
+        footless: Collection[str] = (),
+        missing: Collection[str] = (),
         collect: bool = False,
     ) -> None:
         self._view = view
@@ -134,14 +139,14 @@ class References:
         self._bad = bad
         self._collect = collect
         self.needs = Needs()
-        self._gone: set[str] = set()
+        self.unlisted: dict[str, Snapshot] = {}
+        """snapshots whose manifests can't be read in full"""
+        self._gone = set(missing)
         self._pieces: dict[str, _Piece | None] = {}
         self._straddling: set[bytes] = set()
         self._hurt: list[bytes] = []
-        footless = [object_name(name) for name in sorted(view.state.readable_packs().keys() - view.index.packs)]
-        # A chunk that no sound pack holds was in one of these, and nobody knows in which.
-        self._suspect = footless[0] if len(footless) == 1 else f"one of {len(footless)} unreadable packs"
-        self._suspects = len(footless)
+        # A chunk that no other pack holds was in one of these, and nobody knows in which.
+        self._suspects = sorted(footless)
 
     def walk(self) -> None:
         for snapshot in self._view.snapshots():
@@ -155,9 +160,15 @@ class References:
                 self._pieces[ref[0]] = self._read_piece(ref)
             piece = self._pieces[ref[0]]
             if piece is None:
+                self.unlisted[snapshot.id] = snapshot
                 problem = f"The manifest of snapshot {snapshot.id[:12]} can't be read in full."
-                hurt = self._missing(ref, None)
-                self._note(snapshot, {(each.object, problem): None for each in hurt})
+                blamed = {
+                    (each.object, text): None
+                    for each in self._missing(ref, None)
+                    for text in (each.problem, problem)
+                    if text
+                }
+                self._note(snapshot, blamed)
                 rest, first = None, False
                 order = Order(whole=False)  # nobody knows which folders were open here
                 continue
@@ -269,7 +280,7 @@ class References:
             known[chunk] = value
 
     def _can_be_read(self, chunk: bytes, location: Location) -> bool:
-        """Packs that are damaged or given up promise nothing: what is needed of them is read."""
+        """Packs that are damaged or condemned promise nothing: what is needed of them is read."""
         name = location.pack.name
         if name in self._gone:
             return False
@@ -293,19 +304,27 @@ class References:
         if held:
             name = next((each for each in held if each in self._view.state.packs), held[0])
             return [_Hurt(object_name(name), path, self._problem_of(name))]
-        if copies:
-            wrong = f"Chunk {ref[0][:16]} is {copies[0].plain_bytes} bytes long, not {ref[1]}."
+        sizes = [copy.plain_bytes for copy in copies if copy.pack.name not in self._suspects]
+        if sizes:
+            wrong = f"Chunk {ref[0][:16]} is {sizes[0]} bytes long, not {ref[1]}."
             return [_Hurt("manifests", path, wrong)]
+        if len(self._suspects) == 1:
+            return [_Hurt(object_name(self._suspects[0]), path, self._problem_of(self._suspects[0]))]
         if self._suspects:
-            what = "" if self._suspects == 1 else "It held chunks that snapshots need; the packs are named here too."
-            return [_Hurt(self._suspect, path, what)]
+            which = "missing" if self._gone.issuperset(self._suspects) else "unreadable"
+            some = ", ".join(name[:16] for name in self._suspects[:_SUSPECTS_NAMED])
+            more = ", …" if len(self._suspects) > _SUSPECTS_NAMED else ""
+            what = f"It held chunks that snapshots need: {some}{more}."
+            return [_Hurt(f"one of {len(self._suspects)} {which} packs", path, what)]
         return [_Hurt("packs", path, "Chunks that snapshots need are in no pack of the log.")]
 
     def _problem_of(self, name: str) -> str:
+        if name in self._gone:
+            return "It is missing."
         if name in self._view.state.quarantined:
             return "It is quarantined: damaged, and the only one that held some chunks which snapshots need."
         if name in self._view.state.condemned:
-            return "It was given up, but snapshots need chunks that nothing else holds."
+            return "It is condemned, but snapshots need chunks that nothing else holds."
         return ""
 
     # -- for a repair ----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Copy the needed chunks out of packs, so that the packs can be given up."""
+"""Copy the needed chunks out of packs, so that the packs can be condemned."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Mend what a check found, by writing new objects alone: nothing is edited and nothing deleted.
 
 The order of durable writes makes every prefix at least as good as what was before: chunks are
-stored again first, and committed; only then the damaged packs are set aside by a `quarantine`
-entry, and even those are still read where nothing else holds a chunk.
+stored again first, and committed; only then the damaged packs are quarantined by an
+entry of the log, and even those are still read where nothing else holds a chunk.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class Mended(msgspec.Struct):
 
 
 def rescue(found: Examined) -> Mended:
-    """Store again what snapshots need and only damaged or given up packs hold. Raises `Unavailable`, `StoreFull`."""
+    """Store again what snapshots need and only packs hold that are damaged, condemned or quarantined.
+
+    Raises `Unavailable`, `StoreFull`.
+    """
     view, mended = found.view, Mended()
     copies = {chunk: _in_order(view, chunk, found.bad) for chunk in found.needs.endangered}
     copies = {chunk: left for chunk, left in copies.items() if left}
@@ -142,13 +145,13 @@ def _groups(footers: Iterator[Footer]) -> Iterator[list[Footer]]:
 
 
 def quarantine(view: Repository, packs: Collection[str], objects: Collection[str]) -> tuple[list[str], list[str]]:
-    """Commit that these packs are damaged, and these derived objects. Gives those that were not set aside yet."""
-    aside: tuple[list[str], list[str]] = [], []
+    """Commit that these packs are damaged, and these derived objects. Gives those that were not quarantined yet."""
+    new: tuple[list[str], list[str]] = [], []
 
     def body(state: State) -> dict[str, Any] | None:
-        aside[0][:] = sorted(name for name in packs if name in state.packs)
-        aside[1][:] = sorted(set(objects).difference(state.ignored))
-        return {"packs": aside[0], "objects": aside[1]} if any(aside) else None
+        new[0][:] = sorted(name for name in packs if name in state.packs)
+        new[1][:] = sorted(set(objects).difference(state.ignored))
+        return {"packs": new[0], "objects": new[1]} if any(new) else None
 
     view.log.append(QUARANTINE, body)
-    return aside
+    return new

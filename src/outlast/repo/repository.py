@@ -70,6 +70,12 @@ class Repository:
         self.index = Index()
         self.uncovered: list[Footer] = []
         """footers of known packs that no index segment covers"""
+        self._segments: dict[str, set[str]] = {}
+        """index segment -> packs whose chunks were taken from it"""
+        self._segments_wrong: set[str] = set()
+        self._footers = Index()
+        """what such packs say themselves, where a segment may have said something wrong"""
+        self._footers_asked: set[str] = set()
         self.own_packs: set[str] = set()
         """packs that this process made durable and no entry names yet"""
         self._asked_after: set[str] = set()
@@ -299,14 +305,16 @@ class Repository:
         if not self._indexed:
             for info in self.store.list("index/"):
                 name = info.name.removeprefix("index/")
+                if info.name in self.state.ignored:
+                    continue  # one that lies has the hash that its name promises
                 try:
                     if info.size_bytes > SEGMENT_BYTES_MAX:
                         raise Corrupt(f"{info.name} is far too large to be an index segment.")
-                    self.index.add_segment(self.store.get(info.name), name, self.keys, wanted)
+                    told = self.index.add_segment(self.store.get(info.name), name, self.keys, wanted)
+                    self._segments[info.name] = told
                 except (Corrupt, NotFound) as exc:
-                    self.sink.event(
-                        Event("index.ignored", f"{exc} It is rebuilt from the packs.", {"object": info.name})
-                    )
+                    what = f"{exc} It is not needed; `outlast check --repair` writes it anew."
+                    self.sink.event(Event("index.ignored", what, {"object": info.name}))
         missing = [ref for name, ref in wanted.items() if name not in self.index.packs]
         footers = [footer for footer in self._read_many(missing) if footer is not None]
         self.index.add(footers)
@@ -354,6 +362,7 @@ class Repository:
     def locate(self, chunk: bytes) -> Location:
         """Where a chunk lies. Raises `Corrupt` when no pack that can be read holds it."""
         location = self.load_index().get(chunk) if not self._indexed else self.index.get(chunk)
+        location = location or next(iter(self._elsewhere(chunk, [])), None)
         if location is None:
             raise Corrupt(
                 f"chunk {chunk.hex()[:16]} is in no readable pack of {self.store.url}.",
@@ -440,9 +449,8 @@ class Repository:
                 raise exc from None
 
     def _read_chunk(self, chunk: bytes, missing: list[str]) -> bytes | memoryview:
-        first = self.locate(chunk)
         failure: OutlastError | None = None
-        for location in [first, *(copy for copy in self.index.copies(chunk) if copy != first)]:
+        for location in self._places(chunk, missing):
             name = object_name(location.pack.name)
             try:
                 [stored] = self.store.get_ranges(name, [(location.offset, location.stored_bytes)])
@@ -456,6 +464,40 @@ class Repository:
                 )
         assert failure is not None
         raise failure
+
+    def _places(self, chunk: bytes, missing: list[str]) -> Iterator[Location]:
+        first = self.locate(chunk)
+        yield first
+        yield from (copy for copy in self.index.copies(chunk) if copy != first)
+        yield from self._elsewhere(chunk, missing)
+
+    def _elsewhere(self, chunk: bytes, missing: list[str]) -> list[Location]:
+        """Other places where the chunk lies by the footers of packs that a segment told of: it may be wrong.
+
+        First those packs are asked that the index names, then all of them; each once. Where one of the
+        former is `missing` a prune has deleted it, or it is lost, and the segment is not to blame.
+        """
+        if missing or not self._segments:
+            return []
+        told = self.index.copies(chunk)
+        with self._lock:
+            for packs in ({copy.pack.name for copy in told}, set().union(*self._segments.values())):
+                refs = [self.state.find(name) for name in packs - self._footers_asked]
+                self._footers_asked |= packs
+                self._footers.add(filter(None, self._read_many([ref for ref in refs if ref is not None])))
+                self._footers.sort()
+                found = self._footers.copies(chunk)
+                if found:
+                    break
+            others = [place for place in found if place not in told]
+            wrong = {place.pack.name for place in others}
+            for segment, packs in self._segments.items():
+                if packs & wrong and segment not in self._segments_wrong:
+                    self._segments_wrong.add(segment)
+                    what = f"{segment} is wrong about where chunks lie; the packs themselves are asked instead."
+                    hint = "`outlast check --repair` writes it anew."
+                    self.sink.event(Event("index.wrong", f"{what} {hint}", {"object": segment}))
+        return others
 
     def _learned_more(self, missing: list[str]) -> bool:
         """Whether others committed something since, which may tell where the content of missing packs is now."""

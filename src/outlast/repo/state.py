@@ -3,7 +3,7 @@
 A pack is in one of these places, and moves only by an entry:
 
     live         snapshots may need it, and new work may rely on it
-    condemned    given up unless somebody needs it: it can be read, but new work doesn't rely on it
+    condemned    to be deleted unless somebody needs it: it can be read, but new work doesn't rely on it
     quarantined  damaged: what can be read of it is read where there is no other copy
     swept        gone. It is in the log before the object is deleted, so whoever relied on it learns of it
 

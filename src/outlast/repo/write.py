@@ -218,7 +218,7 @@ class Writer:
                     gone.append(name)
             if gone:
                 raise Busy(
-                    f"{len(gone)} packs that this work relied on were removed or set aside meanwhile; nothing was "
+                    f"{len(gone)} packs that this work relied on were deleted or quarantined meanwhile; nothing was "
                     "committed, and every snapshot is whole.",
                     hint="Run the same command again: what was stored and is still there is not stored again.",
                 )
