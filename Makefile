@@ -31,8 +31,8 @@ setup-servers: ## install the servers and rival programs that some tests and the
 demo: setup ## back up, change, lose, restore and damage a real model folder; under two minutes
 	@HF_HUB_OFFLINE=1 $(BIN)/python demo/demo.py
 
-test: setup ## run every test
-	@$(BIN)/python -m pytest $(ARGS)
+test: setup ## run every test, on all cores
+	@$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 MINUTES ?= 5
 soak: setup ## random work by several processes with kills and faults for MINUTES=n, repeated by SEED=n

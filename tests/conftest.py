@@ -1,9 +1,12 @@
-"""Fixtures for real servers; what they start is in servers.py."""
+"""Fixtures for real servers, which are started in servers.py; and the sum of what the crash tests looked at."""
 
 from __future__ import annotations
 
+import sys
 import uuid
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -35,3 +38,27 @@ def lossy_s3(s3: str, moto_server: MotoServer, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     yield s3, proxy
     proxy.close()
+
+
+CRASHES: Counter[str] = Counter()
+"""of all worker processes"""
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    crashing = sys.modules.get("crashing")
+    if crashing is not None:
+        output = getattr(session.config, "workeroutput", None)
+        (CRASHES if output is None else output.setdefault("crashes", {})).update(vars(crashing.TOTAL))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    CRASHES.update(node.workeroutput.get("crashes", {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if CRASHES["cuts"]:
+        terminalreporter.write_line(
+            f"crashes: {CRASHES['cuts']} cuts, {CRASHES['outcomes']} outcomes, "
+            f"{CRASHES['distinct']} different states examined"
+        )

@@ -446,7 +446,7 @@ class _Look:
     def _try_footers(self, packs: set[str], likely: dict[str, Footer | None]) -> None:
         """Chunks by what damaged footers say. They are in no sound pack, so each is read before it counts as there."""
         view, readable = self.view, self.view.state.readable_packs()
-        for name in packs - likely.keys():
+        for name in sorted(packs - likely.keys()):
             try:
                 likely[name] = _damaged_footer(view, readable[name])
             except OutlastError as exc:

@@ -135,7 +135,7 @@ def _refuse_lies(repository: Repository, names: set[str]) -> None:
     Raises `Corrupt` where a segment left something out. A damaged footer is no reason: then a segment is all there is.
     """
     seen = {footer.name for footer in repository.uncovered}
-    refs = [ref for name in names - seen if (ref := repository.state.find(name)) is not None]
+    refs = [ref for name in sorted(names - seen) if (ref := repository.state.find(name)) is not None]
 
     def lied_about(ref: PackRef) -> bool:
         try:

@@ -482,7 +482,7 @@ class Repository:
         told = self.index.copies(chunk)
         with self._lock:
             for packs in ({copy.pack.name for copy in told}, set().union(*self._segments.values())):
-                refs = [self.state.find(name) for name in packs - self._footers_asked]
+                refs = [self.state.find(name) for name in sorted(packs - self._footers_asked)]
                 self._footers_asked |= packs
                 self._footers.add(filter(None, self._read_many([ref for ref in refs if ref is not None])))
                 self._footers.sort()
