@@ -17,6 +17,7 @@ from outlast.errors import Corrupt
 from outlast.events import ListSink
 from outlast.repo import index, prune, write
 from outlast.repo.check import open_and_check
+from outlast.repo.pack import RECORD, TRAILER, object_name
 from outlast.repo.prune_plan import Policy
 from outlast.repo.repository import Repository
 
@@ -102,10 +103,12 @@ def test_an_index_segment_that_lies_is_named_and_everything_is_read_all_the_same
     assert not after.events, "it is ignored from now on"
 
 
+@pytest.mark.parametrize("damaged", [False, True])
 @pytest.mark.parametrize("how", lies())
 def test_a_prune_never_deletes_by_what_a_segment_says_alone(
-    source: Path, how: str, monkeypatch: pytest.MonkeyPatch
+    source: Path, how: str, damaged: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Even where a footer that tells otherwise is `damaged`; and a repair goes by neither of them alone."""
     monkeypatch.setattr(write, "SEGMENT_PACKS", 2)
     store = made(source)
     [info] = store.list("index/")
@@ -118,12 +121,21 @@ def test_a_prune_never_deletes_by_what_a_segment_says_alone(
     store.delete(info.name)
     data = index._encode_segment(packs, [true, lying])
     store.put(f"index/{index.segment_name(data, None)}", [data])
+    if damaged:
+        name = next(pack.name for pack in packs if pack.name != manifest)
+        name = object_name(name)
+        spoil(
+            store, name, len(store.get(name)) - TRAILER.size - RECORD.itemsize + 40
+        )  # a stored hash: no chunk is hurt
     everything = Policy(max_unused=0.0, max_delete=1.0, grace_seconds=0.0)
     for _ in range(2):
         with suppress(Corrupt):
             prune.prune(Repository.open(store), everything)
-    for each in list(store.list("index/")):
-        store.delete(each.name)
+    if damaged:
+        assert mend(store).ok
+    else:
+        for each in list(store.list("index/")):
+            store.delete(each.name)
     assert_whole(store, source)
 
 

@@ -180,10 +180,10 @@ def _age_lines(report: CheckReport) -> Iterator[str]:
         return
     since = report.verified_since[:10]
     if report.bytes_verified == report.bytes:
-        yield f"All data was last verified between {since} and today."
+        yield f"All data was verified on {since} or later."
     else:
         done = f"{size_text(report.bytes_verified)} of {size_text(report.bytes)}"
-        yield f"Of the data {done} was verified between {since} and today; the rest was not, or is damaged."
+        yield f"Of the data {done} was verified on {since} or later; the rest was not, or is damaged."
 
 
 def _keyless_lines(report: CheckReport) -> Iterator[str]:

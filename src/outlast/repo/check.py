@@ -28,12 +28,13 @@ from outlast.clock import SYSTEM_CLOCK, Clock
 from outlast.errors import Corrupt, NotFound, OutlastError, WrongKey
 from outlast.events import NULL_SINK, Event, EventSink
 from outlast.records import PackRef
-from outlast.repo import chain, pack, seal
+from outlast.repo import chain, seal
 from outlast.repo.form import OBJECT_BYTES_MAX
 from outlast.repo.index import Index, Location, footer_rows, indexed_pack, read_segment
 from outlast.repo.keyring import Secret, read_slot
 from outlast.repo.log import ENTRY_BYTES_MAX, entry_name
 from outlast.repo.pack import Footer, object_name
+from outlast.repo.read import damaged_footer
 from outlast.repo.references import Findings, Needs, References
 from outlast.repo.repack import unreadable
 from outlast.repo.repository import SEGMENT_BYTES_MAX, Repository
@@ -268,10 +269,7 @@ def _may_be_outdated(look: _Look) -> bool:
 
 def _damaged_footer(view: Repository, ref: PackRef) -> Footer:
     """What can be believed of a footer without the right hash. Raises `Corrupt`, `NotFound`, `Unavailable`."""
-    guess = min(ref.bytes, ref.chunks * pack.RECORD.itemsize + pack.TRAILER.size)
-    ends = [(0, min(ref.bytes, pack.HEADER.size)), (ref.bytes - guess, guess)]
-    front, tail = view.store.get_ranges(object_name(ref.name), ends)
-    damaged = pack.DamagedFooter(front, tail, ref.name, ref.bytes, ref.chunks)
+    damaged = damaged_footer(view, ref)
     footer = damaged.records()
     if footer.epoch not in (view.keys.epochs if view.keys else (0,)):
         raise Corrupt(f"pack {ref.name[:16]} seems to be sealed with a key that the repository never had.")
@@ -336,7 +334,8 @@ class _Look:
         self._check_segments()
         footless = state.readable_packs().keys() - self._index.packs
         if likely is not None:
-            self._try_footers(footless - self._missing, likely)
+            # Also where a segment tells of the pack: it may be wrong, and what either says is read before it counts.
+            self._try_footers(state.readable_packs().keys() - self._rows.keys() - self._missing, likely)
         view.use_index(self._index)
         references = References(
             view,
@@ -452,7 +451,7 @@ class _Look:
             except OutlastError as exc:
                 why(view.store, exc)
                 likely[name] = None
-        self._index.add(filter(None, map(likely.get, packs)))
+        self._index.add(filter(None, map(likely.get, packs)), known=True)
         self._index.sort()
 
     # -- derived objects -------------------------------------------------------------------------

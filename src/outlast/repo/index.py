@@ -111,10 +111,10 @@ class Index:
         """The names of the packs whose chunks are here."""
         return self._known
 
-    def add(self, footers: Iterable[Footer]) -> None:
-        """Fold the footers of packs that the index doesn't know yet. `sort` makes them findable."""
+    def add(self, footers: Iterable[Footer], *, known: bool = False) -> None:
+        """Fold the footers of packs that are new, or also `known` ones'. `sort` makes them findable."""
         for footer in footers:
-            self._add_footer(footer)
+            self._add_footer(footer, known=known)
 
     def add_recent(self, footer: Footer) -> None:
         """Fold a pack that this process has just made, without sorting everything anew."""
@@ -125,8 +125,8 @@ class Index:
             for chunk, _, offset, stored_bytes, plain_bytes, codec, _ in footer.records.tolist():
                 self._recent[chunk] = Location(pack, offset, stored_bytes, plain_bytes, codec)
 
-    def _add_footer(self, footer: Footer) -> IndexedPack | None:
-        if footer.name in self._known or footer.name in self._forgotten:
+    def _add_footer(self, footer: Footer, *, known: bool = False) -> IndexedPack | None:
+        if (footer.name in self._known and not known) or footer.name in self._forgotten:
             return None
         pack = indexed_pack(footer)
         self._pending.append(footer_rows(footer, len(self._pending_packs)))

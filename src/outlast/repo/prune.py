@@ -28,6 +28,7 @@ from outlast.repo.log import entry_name
 from outlast.repo.needs import needed_chunks
 from outlast.repo.pack import RECORD, object_name
 from outlast.repo.prune_plan import Decided, PackFacts, Place, Policy, decide
+from outlast.repo.read import damaged_footer
 from outlast.repo.repack import repack, unreadable
 from outlast.repo.repository import Repository
 from outlast.repo.seal import ID_BYTES
@@ -132,20 +133,28 @@ def plan(repository: Repository, policy: Policy | None = None, *, dry_run: bool 
 def _refuse_lies(repository: Repository, names: set[str]) -> None:
     """What these packs hold is known from index segments: before they go, their own footers have the last word.
 
-    Raises `Corrupt` where a segment left something out. A damaged footer is no reason: then a segment is all there is.
+    Raises `Corrupt` where a segment left something out. Of a damaged footer only those records count whose chunks
+    are known: others may be what the damage made.
     """
     seen = {footer.name for footer in repository.uncovered}
     refs = [ref for name in sorted(names - seen) if (ref := repository.state.find(name)) is not None]
 
     def lied_about(ref: PackRef) -> bool:
+        damaged = False
         try:
-            footer = repository.read_footer(ref)
+            try:
+                footer = repository.read_footer(ref)
+            except Corrupt:
+                footer, damaged = damaged_footer(repository, ref).records(), True
         except (Corrupt, NotFound):
             return False
-        return any(
-            all((copy.pack.name, copy.offset) != (ref.name, offset) for copy in repository.index.copies(chunk))
-            for chunk, _, offset, *_ in footer.records.tolist()
-        )
+        for chunk, _, offset, *_ in footer.records.tolist():
+            copies = repository.index.copies(chunk)
+            if (copies or not damaged) and not any(
+                copy.pack.name == ref.name and (damaged or copy.offset == offset) for copy in copies
+            ):
+                return True
+        return False
 
     with ThreadPoolExecutor(repository.store.capabilities.concurrency) as threads:
         lied = [ref.name for ref, lie in zip(refs, threads.map(lied_about, refs), strict=True) if lie]
@@ -245,11 +254,11 @@ def execute(repository: Repository, planned: PrunePlan, report: PruneReport) -> 
     done = repack(repository, ((each.pack, planned.usage.used(each.pack)) for each in decided.of("repack")))
     report.repacked += len(done.packs)
     report.bytes_repacked += done.bytes_written
-    given_up = {each.pack for each in decided.of("condemn")} | done.packs
-    _condemn(repository, planned, given_up, planned.live | rescued | done.written, report)
+    going = {each.pack for each in decided.of("condemn")} | done.packs
+    _condemn(repository, planned, going, planned.live | rescued | done.written, report)
     waiting = repository.state.condemned.values()
     report.waiting, report.bytes_waiting = len(waiting), sum(each.bytes for each in waiting)
-    young = [each for each in planned.facts if each.place == "unnamed" and each.name not in given_up]
+    young = [each for each in planned.facts if each.place == "unnamed" and each.name not in going]
     report.unnamed, report.bytes_unnamed = len(young), sum(each.bytes for each in young)
     report.decided = report.decided or decided
     repository.log.save_state()

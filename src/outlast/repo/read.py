@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from outlast.errors import Corrupt, NotFound, OutlastError
+from outlast.records import PackRef
 from outlast.repo.index import Location
-from outlast.repo.pack import object_name
+from outlast.repo.pack import HEADER, RECORD, TRAILER, DamagedFooter, object_name
 
 if TYPE_CHECKING:
     from outlast.repo.repository import Repository
@@ -170,3 +171,11 @@ def _one_by_one(
         total.chunks += 1
         total.bytes += location.stored_bytes
     return total
+
+
+def damaged_footer(repository: Repository, ref: PackRef) -> DamagedFooter:
+    """What a footer without the right hash may still say. Raises `Corrupt`, `NotFound`, `Unavailable`."""
+    guess = min(ref.bytes, ref.chunks * RECORD.itemsize + TRAILER.size)
+    ends = [(0, min(ref.bytes, HEADER.size)), (ref.bytes - guess, guess)]
+    front, tail = repository.store.get_ranges(object_name(ref.name), ends)
+    return DamagedFooter(front, tail, ref.name, ref.bytes, ref.chunks)

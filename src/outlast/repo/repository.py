@@ -83,7 +83,7 @@ class Repository:
         self._indexed = False
         self._reads_packs = False
         self._present: dict[str, bool] = {}
-        self._sealers: dict[str, ChunkSealer] = {}
+        self._sealers: dict[IndexedPack, ChunkSealer] = {}
         self._lock = threading.Lock()
 
     # -- create and open -------------------------------------------------------------------------
@@ -361,7 +361,10 @@ class Repository:
 
     def locate(self, chunk: bytes) -> Location:
         """Where a chunk lies. Raises `Corrupt` when no pack that can be read holds it."""
-        location = self.load_index().get(chunk) if not self._indexed else self.index.get(chunk)
+        if not self._indexed:
+            with self._lock:  # twice at once, the second would note that no segment told of anything
+                self.load_index()
+        location = self.index.get(chunk)
         location = location or next(iter(self._elsewhere(chunk, [])), None)
         if location is None:
             raise Corrupt(
@@ -538,12 +541,12 @@ class Repository:
         return encoded, plain
 
     def _sealer(self, of: IndexedPack) -> ChunkSealer:
-        sealer = self._sealers.get(of.name)
+        sealer = self._sealers.get(of)  # not by its name: a segment may say something wrong of its salt
         if sealer is None:
             if self.keys is None:
                 raise Corrupt(f"pack {of.name[:16]} is encrypted, but the repository is not.")
             sealer = ChunkSealer(self.keys, of.epoch, bytes.fromhex(of.salt))
-            self._sealers[of.name] = sealer
+            self._sealers[of] = sealer
         return sealer
 
     def fetch(
