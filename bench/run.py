@@ -10,6 +10,7 @@ The first round is thrown away (it warms caches and finds broken set-ups), excep
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import shutil
 import sys
@@ -95,6 +96,7 @@ def main() -> None:
     for rival in ALL_RIVALS:
         if not installed(rival):
             print(f"NOT MEASURED: {rival.name} is not installed; run `make setup-servers`.", file=sys.stderr)
+    compileall.compile_dir(ROOT / "src", quiet=1)  # as installing does: a start that compiles takes a third longer
     remove(options.scratch)
     options.scratch.mkdir(parents=True)
     try:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import compileall
 import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import outlast
 from servers import S3_ENVIRONMENT, LossyProxy, MotoServer
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        # As installing does. Where the environment forbids it to each process, thousands of them would compile anew.
+        compileall.compile_dir(Path(outlast.__file__).parent, quiet=1)
 
 
 @pytest.fixture(scope="session")
