@@ -240,6 +240,27 @@ def test_a_snapshot_committed_between_plan_and_condemn_keeps_its_packs(world: Wo
     world.assert_whole()
 
 
+def test_a_snapshot_that_is_learned_of_while_it_plans_does_not_count_as_looked_at(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a manifest whose pack was moved reads the log again."""
+    world.write(a=50_000)
+    first = world.backup()
+    slow, pruner, real = world.open(7), world.open(8), pruning.needed_chunks
+    slow.load_index()
+    world.forget(first)
+
+    def needed(repository: Repository, *rest: Any) -> None:
+        real(repository, *rest)
+        monkeypatch.undo()
+        world.backup(slow, "other")
+        repository.refresh()
+
+    monkeypatch.setattr(pruning, "needed_chunks", needed)
+    assert prune(pruner, NOW).condemned == 0
+    world.assert_whole()
+
+
 def test_a_restore_that_runs_finds_what_was_moved(world: World) -> None:
     world.write(a=5_000, b=50_000, c=5_000)
     first = world.backup()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 from typing import TYPE_CHECKING, Literal, cast
 
 import click
@@ -77,7 +78,7 @@ def check(
         call.printer.result(msgspec.to_builtins(repaired), lines, always=not repaired.ok)
         return 0 if repaired.ok else CORRUPT
     report = _check(call, share, seconds)
-    lines = _keyless_lines(report) if report.keyless else _check_lines(report, share)
+    lines = _keyless_lines(report) if report.keyless else chain(_check_lines(report, share), _healing_lines(report))
     call.printer.result(msgspec.to_builtins(report), lines, always=not report.ok or report.keyless)
     return 0 if report.ok else CORRUPT
 
@@ -133,6 +134,9 @@ def _check_lines(report: CheckReport, share: Share) -> Iterator[str]:
     elif not report.ok:
         yield "Everything not named above is whole and can be restored."
     yield from _age_lines(report)
+
+
+def _healing_lines(report: CheckReport) -> Iterator[str]:
     damaged = {damage.object.partition("/")[0] for damage in report.damaged}
     if damaged and damaged <= {"index", "state"}:
         yield "To heal it: `outlast check --repair`."
@@ -228,6 +232,7 @@ def _repair_lines(report: RepairReport, share: Share) -> Iterator[str]:
     elif report.chunks_lost:
         lost = f"{count_text(report.chunks_lost, 'chunk')} ({size_text(report.bytes_lost)})"
         yield f"Beyond repair so far: {lost}. `--from` another repository, or a folder with the files, may have them."
+        yield "Where nobody has them, `outlast forget` the snapshots named above, and `outlast prune` goes on."
 
 
 def _lost_lines(file: LostFile) -> Iterator[str]:

@@ -70,14 +70,20 @@ class Window:
         self._piece = b""
 
     def get(self, offset: int, length: int, *, ahead: int = 0, behind: int = 0) -> bytes:
-        """Exactly these bytes; on a miss also up to `behind` bytes before and `ahead` bytes after them."""
+        """Exactly these bytes; on a miss also up to `behind` bytes before and `ahead` after, if they can be read."""
         if offset < 0 or length < 0 or offset + length > self.size:
             raise Malformed("outside the file")
         at = offset - self._start
         if at < 0 or at + length > len(self._piece):
             start = max(0, offset - behind)
             end = min(self.size, offset + length + ahead)
-            self._piece = self._read(start, end - start)
+            try:
+                self._piece = self._read(start, end - start)
+            except Exception:  # what lies around may be damaged, and nobody needs that
+                if end - start == length:
+                    raise
+                start, end = offset, offset + length
+                self._piece = self._read(start, length)
             self._start = start
             at = offset - start
             if len(self._piece) != end - start:

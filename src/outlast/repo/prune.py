@@ -99,7 +99,18 @@ def plan(repository: Repository, policy: Policy | None = None, *, dry_run: bool 
     """
     policy = policy or Policy()
     repository.log.prove()
-    repository.refresh()
+    for _ in range(_TRIES):
+        repository.refresh()
+        seq = repository.state.seq
+        found = _plan(repository, policy, dry_run=dry_run)
+        # Reading a manifest learns what others committed where a pack is gone. A plan is of one moment: what a
+        # snapshot of that moment needs was marked, and no snapshot counts as looked at that was not.
+        if repository.state.seq == seq:
+            return found
+    raise _others_are_at_it()
+
+
+def _plan(repository: Repository, policy: Policy, *, dry_run: bool) -> PrunePlan:
     state = repository.state
     index = repository.load_index()
     usage = Usage(
@@ -231,7 +242,11 @@ def _plan_and_execute(repository: Repository, policy: Policy, report: PruneRepor
             repository.refresh()
             if repository.state.seq == seq or attempt == _TRIES - 1:
                 raise
-    raise Refused(
+    raise _others_are_at_it()
+
+
+def _others_are_at_it() -> Refused:
+    return Refused(
         "other prunes kept changing what this one had planned; nothing more was done.",
         hint="Let one prune at a time work on a repository.",
     )

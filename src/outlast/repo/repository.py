@@ -250,7 +250,7 @@ class Repository:
         if wanted == "latest":
             if not candidates:
                 what = f"named {name}" if name else "in this repository"
-                raise NotFound(f"there is no snapshot {what} yet.", hint="Make one with `outlast backup`.")
+                raise NotFound(f"there is no snapshot {what}.", hint="Make one with `outlast backup`.")
             return max(reversed(candidates), key=lambda snapshot: snapshot.time)
         if len(wanted) < _ID_CHARACTERS_MIN:
             raise InvalidInput(
