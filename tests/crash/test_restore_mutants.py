@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from pathlib import Path
 
 import pytest
 from disk_calls import MODULES, SYNCING
@@ -27,6 +29,7 @@ from test_restore_enumeration import (
     world,
 )
 
+from outlast.backup import folder
 from outlast.testing.powercut import Step
 
 __all__ = ["small", "world"]
@@ -106,6 +109,22 @@ def test_no_sync_is_superfluous(sync: str, world: World, recordings: Recordings)
     failure = first_failure(without(recordings, site), world)
     print(f"\n{sync}: {failure[:200]}")
     assert failure, f"the enumeration does not notice that {sync} is missing (line {site[1]})"
+
+
+def test_where_there_is_no_syncfs_every_file_and_every_folder_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("x", "a/y", "a/b/z"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "link").symlink_to("x")
+    real, synced = os.fsync, set()
+    monkeypatch.setattr(folder, "_system", object)
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.add(os.fstat(fd).st_ino), real(fd)))
+    with folder.Folder(os.fsencode(tmp_path)) as opened:
+        folder.sync_everything(opened)
+    wanted = {path.lstat().st_ino for path in [tmp_path, *tmp_path.rglob("*")] if not path.is_symlink()}
+    assert synced == wanted
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
