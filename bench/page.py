@@ -16,7 +16,7 @@ HEAD = """# Benchmarks
 
 Made by `make bench`; the runs behind it are in `bench/results.jsonl`. All contenders of a row ran side by
 side in one go: one round after another, each round in another order, the disk synced before every run, the
-first round thrown away. Times are medians of {rounds} rounds; the ratio comes first.
+first round thrown away. Times are medians of at least {rounds} rounds; the ratio comes first.
 
 {machine}
 

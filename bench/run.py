@@ -118,6 +118,8 @@ def main() -> None:
         print(render(header, measured, ""))
         return
     records = earlier(options.rows) + measured
+    last = {record["row"]: record["round"] for record in sorted(records, key=lambda record: record["round"])}
+    header["rounds"] = min(last.values())
     RESULTS.write_text("".join(json.dumps(line) + "\n" for line in [header, *records]), encoding="utf-8")
     PAGE.write_text(render(header, records, kept_notes(PAGE)), encoding="utf-8")
     print(f"wrote {PAGE.relative_to(ROOT)}")
