@@ -59,6 +59,11 @@ CASES = [
     (told("quarantine", packs=[PACKS[0].name], objects=[]), "quarantined 1 pack, 1000 B, damaged"),
     (told("quarantine", packs=[], objects=["index/ab"]), "quarantined 1 damaged object: index/ab"),
     (told("verified", packs=[PACKS[0].name]), "verified 1 pack, 1000 B: every stored byte was right"),
+    (told("verified", packs=[], damaged=[PACKS[0].name]), f"found 1 pack damaged: {PACKS[0].name[:8]}"),
+    (
+        told("verified", packs=[PACKS[0].name], damaged=[PACKS[1].name]),
+        f"verified 1 pack, 1000 B: every stored byte was right; found 1 pack damaged: {PACKS[1].name[:8]}",
+    ),
     (told("key", action="add", slot="cd" * 16, label="ops", epoch=1), "key cdcdcdcd (ops) added"),
     (
         told("key", action="rotate", slot="cd" * 16, label="", epoch=2, replaces=["ef" * 16]),

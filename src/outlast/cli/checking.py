@@ -205,6 +205,8 @@ def _keyless_lines(report: CheckReport) -> Iterator[str]:
 
 
 def _repair_lines(report: RepairReport, share: Share) -> Iterator[str]:
+    from outlast.repo.pack import object_name
+
     if report.chunks_rescued:
         what = f"{count_text(report.chunks_rescued, 'chunk')} ({size_text(report.bytes_rescued)})"
         yield f"Stored again, out of packs that are damaged: {what}."
@@ -213,11 +215,11 @@ def _repair_lines(report: RepairReport, share: Share) -> Iterator[str]:
         yield f"Stored again, from {printable(report.origin)}: {what}."
     if report.segments:
         yield f"Written anew: {count_text(report.segments, 'index segment')}."
-    quarantined = [*(f"packs/{name[:2]}/{name}" for name in report.quarantined), *report.ignored]
+    quarantined = [*map(object_name, report.quarantined), *report.ignored]
     if quarantined:
         yield f"Quarantined, not deleted: {_some(quarantined)}."
     told = {damage.object for damage in report.check.damaged}
-    missing = [name for name in (f"packs/{each[:2]}/{each}" for each in report.missing) if name not in told]
+    missing = [name for name in map(object_name, report.missing) if name not in told]
     if missing:
         yield f"Missing: {_some(missing)}."
     for each in report.lost:

@@ -108,10 +108,11 @@ def copy(
     if not (call.options.repo or os.environ.get("OUTLAST_REPO")):
         raise InvalidInput("no repository to copy to was named; nothing was done.", hint="Give --to URL.")
     origin = _Source(call, source, from_passphrase_file, from_passphrase_command)
-    with _naming_source(origin):
+    secret = f"{FROM_VARIABLE}, --from-passphrase-file or --from-passphrase-command"
+    with _naming(origin, "copying from", "--from", secret):
         copied_from = origin.readable_repository()
         chosen = [origin.snapshot(copied_from, each, name).id for each in snapshot]
-    with _naming_target(call):
+    with _naming(call, "copying to", "--to", f"{VARIABLE}, --passphrase-file or --passphrase-command"):
         copied_to = call.repository()
     with _naming_both(copied_from, copied_to, chosen, name):
         report = run(copied_from, copied_to, chosen, name=name)
@@ -125,30 +126,18 @@ def copy(
 
 
 @contextmanager
-def _naming_source(origin: _Source) -> Iterator[None]:
-    url = ""
-    try:
-        url = origin.store().url
-        yield
-    except OutlastError as exc:
-        if isinstance(exc, NoRepository):
-            exc.hint = "Give --from the URL of the repository to copy from."
-        elif isinstance(exc, WrongKey) and not exc.hint:
-            exc.hint = f"Give its passphrase by {FROM_VARIABLE}, --from-passphrase-file or --from-passphrase-command."
-        _name(exc, f"copying from {url}" if url else "--from", url)
-        raise
-
-
-@contextmanager
-def _naming_target(call: Call) -> Iterator[None]:
+def _naming(call: Call, doing: str, option: str, passphrase: str) -> Iterator[None]:
+    """`doing`: what is done with the repository; `option`: what names it; `passphrase`: how to give its own."""
     url = ""
     try:
         url = call.store().url
         yield
     except OutlastError as exc:
-        if isinstance(exc, WrongKey) and not exc.hint:
-            exc.hint = f"Give its passphrase by {VARIABLE}, --passphrase-file or --passphrase-command."
-        _name(exc, f"copying to {url}" if url else "--to", url)
+        if isinstance(exc, NoRepository) and option == "--from":
+            exc.hint = "Give --from the URL of the repository to copy from."
+        elif isinstance(exc, WrongKey) and not exc.hint:
+            exc.hint = f"Give its passphrase by {passphrase}."
+        _name(exc, f"{doing} {url}" if url else option, url)
         raise
 
 

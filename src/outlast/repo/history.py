@@ -98,10 +98,15 @@ def _quarantine(entry: LogEntry, before: State, size_text: SizeText) -> str:
 
 
 def _verified(entry: LogEntry, before: State, size_text: SizeText) -> str:
-    names = _listed(entry, "packs")
+    names, damaged = _listed(entry, "packs"), _listed(entry, "damaged")
     found = (before.find(name) for name in names)
     sizes = [ref.bytes for ref in found if ref]
-    return f"verified {_count(len(names), 'pack')}, {size_text(sum(sizes))}: every stored byte was right"
+    parts = []
+    if names:
+        parts.append(f"verified {_count(len(names), 'pack')}, {size_text(sum(sizes))}: every stored byte was right")
+    if damaged:
+        parts.append(f"found {_count(len(damaged), 'pack')} damaged: {_some(map(_short, damaged))}")
+    return "; ".join(parts) or "verified nothing"
 
 
 def _key(entry: LogEntry, before: State, size_text: SizeText) -> str:

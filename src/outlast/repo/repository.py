@@ -484,7 +484,8 @@ class Repository:
             return []
         told = self.index.copies(chunk)
         with self._lock:
-            for packs in ({copy.pack.name for copy in told}, set().union(*self._segments.values())):
+            for is_wider in (False, True):
+                packs = set().union(*self._segments.values()) if is_wider else {copy.pack.name for copy in told}
                 refs = [self.state.find(name) for name in sorted(packs - self._footers_asked)]
                 self._footers_asked |= packs
                 self._footers.add(filter(None, self._read_many([ref for ref in refs if ref is not None])))
