@@ -243,13 +243,18 @@ def test_a_folder_without_permission_is_named(request: pytest.FixtureRequest) ->
     (source / "locked" / "inside").write_text("secret")
     (source / "open.txt").write_text("open")
     (source / "locked").chmod(0)
+    # Made before: the package itself may lie where only root can read.
+    repository = Repository.create(MemoryStore())
+    create(repository, [str(source / "open.txt")])
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
-        os.setuid(65534)
-        report = create(Repository.create(MemoryStore()), [str(source)])
-        os.write(write_end, repr((report.unreadable, report.files, [p.path for p in report.problems])).encode())
-        os._exit(0)
+        try:
+            os.setuid(65534)
+            report = create(repository, [str(source)])
+            os.write(write_end, repr((report.unreadable, report.files, [p.path for p in report.problems])).encode())
+        finally:
+            os._exit(0)
     os.close(write_end)
     said = os.read(read_end, 10_000)
     os.waitpid(child, 0)
