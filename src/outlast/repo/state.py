@@ -38,7 +38,8 @@ SWEEP = "sweep"
 QUARANTINE = "quarantine"
 VERIFIED = "verified"
 KEY = "key"
-KINDS = (SNAPSHOT, PACKS, FORGET, CONDEMN, SWEEP, QUARANTINE, VERIFIED, KEY)
+RESUMED = "resumed"
+KINDS = (SNAPSHOT, PACKS, FORGET, CONDEMN, SWEEP, QUARANTINE, VERIFIED, KEY, RESUMED)
 
 
 class Condemned(msgspec.Struct, frozen=True):
@@ -72,6 +73,8 @@ class State(msgspec.Struct, omit_defaults=True):
     """the highest epoch that was given out, so that two rotations never make two keys of one number"""
     slots: dict[str, int] = {}
     """key slot -> the newest epoch that it holds, 0 when it was removed; the first slot is in no entry"""
+    resumed: dict[str, int] = {}
+    """checkpoint -> how often its run went on from it since it was saved, and saved no later one"""
 
     def apply(self, entry: LogEntry, entry_hash: str) -> None:
         """Fold one entry. Kinds this version doesn't know change nothing here; `Corrupt` when it can't be read."""
@@ -129,12 +132,23 @@ def _snapshot(state: State, entry: LogEntry) -> None:
     snapshot = msgspec.convert(entry.body["snapshot"], Snapshot)
     _check_snapshot(snapshot)
     _packs(state, entry)
+    if snapshot.kind == "checkpoint":
+        # The run has come further than what it went on from: that doesn't crash it.
+        for each in [each for each in state.resumed if state.snapshots[each].name == snapshot.name]:
+            del state.resumed[each]
     state.snapshots[snapshot.id] = snapshot
+
+
+def _resumed(state: State, entry: LogEntry) -> None:
+    snapshot = msgspec.convert(entry.body["snapshot"], str)
+    if snapshot in state.snapshots:
+        state.resumed[snapshot] = state.resumed.get(snapshot, 0) + 1
 
 
 def _forget(state: State, entry: LogEntry) -> None:
     for snapshot in _names(entry, "snapshots"):
         state.snapshots.pop(snapshot, None)
+        state.resumed.pop(snapshot, None)
 
 
 def _condemn(state: State, entry: LogEntry) -> None:
@@ -210,4 +224,5 @@ _FOLDS: dict[str, Any] = {
     QUARANTINE: _quarantine,
     VERIFIED: _verified,
     KEY: _key,
+    RESUMED: _resumed,
 }

@@ -71,14 +71,15 @@ class Writer:
         self.bytes_added = 0
         self.bytes_stored = 0
 
-    def prepare(self, plain: bytes | memoryview, item_bytes: int = 0) -> Prepared:
-        """Hash, look up, encode. A memoryview may be reused afterwards; what is kept of it is copied."""
+    def prepare(self, plain: bytes | memoryview, item_bytes: int = 0, *, lasting: bool = False) -> Prepared:
+        """Hash, look up, encode. A memoryview may be reused afterwards, for what is kept of it is copied;
+        unless it is `lasting`: then its bytes stay as they are until the session is over."""
         repository = self._repository
         chunk = seal.chunk_id(plain, repository.keys)
         if self._has(chunk):
             return Prepared(chunk, len(plain))
         number, encoded = self._encoder().encode(plain, item_bytes)
-        if encoded is plain and isinstance(plain, memoryview):
+        if encoded is plain and isinstance(plain, memoryview) and not lasting:
             encoded = bytes(plain)  # a slice would keep all of what it was cut from in memory
         return Prepared(chunk, len(plain), number, encoded)
 

@@ -1,0 +1,173 @@
+"""Tensors of a state as named runs of bytes: what a `.safetensors` file of a checkpoint is made of.
+
+Each file is laid out as the reference implementation would read it, so that a restored checkpoint is a folder of
+files that any tool loads, and the same tensor in a backup of a `.pt` is the same chunks. Small tensors come first,
+right after the header: with it they are one chunk that changes at every step, and all others stand alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from outlast.errors import Corrupt, Refused
+from outlast.records import Chunking
+from outlast.repo import formats
+from outlast.repo.chunker import TENSOR_BYTES_MIN, pieces
+from outlast.repo.formats import Span
+from outlast.repo.layout import item_bytes
+
+Node = Any
+Bytes = memoryview
+
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "F16": torch.float16,
+    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Leaf(NamedTuple):
+    """A tensor to store, under its name in one file. It is live: its elements are read later."""
+
+    name: str
+    tensor: torch.Tensor
+    steady: bool
+    """nothing but a step of an optimizer changes it"""
+
+    @property
+    def dtype(self) -> str:
+        return _NAMES[self.tensor.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.numel() * self.tensor.element_size()
+
+
+class Leaves:
+    """Gathers the tensors of one file. Each place in memory is stored once, however many names it has."""
+
+    def __init__(self, steady: set[int]) -> None:
+        self._steady = steady
+        """`id` of tensors, or addresses of storages, that only optimizers change"""
+        self._known: dict[tuple[Any, ...], str] = {}
+        self._names: set[str] = set()
+        self.found: list[Leaf] = []
+
+    def take(self, name: str, tensor: torch.Tensor) -> Node:
+        """The node that stands for the tensor: kind, name, and what a file of row-major tensors can't say."""
+        tensor = _plain(name, tensor.detach())
+        node: dict[str, Any] = {"$": "tensor", "name": name}
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor.resolve_conj())
+            node["complex"] = True
+        place = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.dtype,
+                 tensor.shape, tensor.stride())  # fmt: skip
+        order = _memory_order(tensor)
+        if order is not None:
+            node["order"] = order
+        if tensor.device.type != "cpu":
+            node["device"] = str(tensor.device)
+        known = self._known.get(place) if tensor.numel() else None
+        if known is not None:
+            return node | {"name": known}
+        name = node["name"] = self._free(name)
+        self._known[place] = name
+        steady = tensor.untyped_storage().data_ptr() in self._steady
+        self.found.append(Leaf(name, tensor, steady))
+        return node
+
+    def _free(self, name: str) -> str:
+        while name in self._names or name == "__metadata__":
+            name += "_"
+        self._names.add(name)
+        return name
+
+
+def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Raises `Refused` for a tensor whose bytes don't say all of it."""
+    what = ""
+    if tensor.device.type == "meta":
+        what = "is on the meta device and has no content"
+    elif tensor.layout is not torch.strided:
+        what = f"is sparse ({tensor.layout})"
+    elif tensor.is_quantized or (tensor.dtype not in _NAMES and not tensor.is_complex()):
+        what = f"has elements of type {tensor.dtype}"
+    elif type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        what = f"is a {type(tensor).__module__}.{type(tensor).__qualname__}"
+    if what:
+        raise Refused(
+            f"the tensor {name} {what}, which can't be captured exactly; nothing was saved.",
+            hint="Keep a dense copy of what it stands for in the state, or leave it out.",
+        )
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
+
+
+def _memory_order(tensor: torch.Tensor) -> list[int] | None:
+    """For a dense tensor that lies in another order than row-major (channels_last): its dimensions as they lie."""
+    if tensor.is_contiguous() or tensor.dim() < 2:
+        return None
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda at: (-strides[at], at))
+    return order if tensor.permute(order).is_contiguous() else None
+
+
+def rebuild(node: Node, stored: torch.Tensor) -> torch.Tensor:
+    """The tensor that a node stands for, of the elements that were stored. Raises `Corrupt`."""
+    order = node.get("order")
+    if order is not None:
+        if sorted(order) != list(range(stored.dim())):
+            raise Corrupt(f"the tensor {node['name']} has a memory order that does not fit it.")
+        back = sorted(range(len(order)), key=order.__getitem__)
+        stored = stored.permute(order).contiguous().permute(back)
+    return torch.view_as_complex(stored) if node.get("complex") else stored
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The elements of a contiguous CPU tensor as they lie in memory; writing to them writes to it."""
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    return flat.numpy().data.cast("B") if flat.numel() else memoryview(b"")
+
+
+class TensorFile:
+    """A safetensors file that exists only as its header and the tensors' memory."""
+
+    def __init__(self, leaves: list[Leaf], metadata: dict[str, str]) -> None:
+        self.leaves = sorted(leaves, key=lambda leaf: leaf.nbytes >= TENSOR_BYTES_MIN)
+        self.header = formats.safetensors_header(
+            [(leaf.name, leaf.dtype, tuple(leaf.tensor.shape), leaf.nbytes) for leaf in self.leaves], metadata
+        )
+        self.size = len(self.header) + sum(leaf.nbytes for leaf in self.leaves)
+
+    def chunks(self, contents: dict[str, memoryview], chunking: Chunking) -> Iterator[tuple[Bytes, int, bool]]:
+        """(bytes, element width, whether it has still to be cut by content), from the first byte to the last.
+
+        `contents`: the bytes of each leaf by name.
+        """
+        runs: list[tuple[int, memoryview]] = [(0, memoryview(self.header))]
+        spans, at = [], len(self.header)
+        for leaf in self.leaves:
+            if leaf.nbytes:
+                runs.append((at, contents[leaf.name]))
+                spans.append(Span(at, leaf.nbytes, item_bytes(leaf.dtype)))
+                at += leaf.nbytes
+        first = 0
+        for piece in pieces(self.size, spans, (), chunking):
+            while first + 1 < len(runs) and runs[first + 1][0] <= piece.offset:
+                first += 1
+            start, run = runs[first]
+            begin = piece.offset - start
+            if begin + piece.length <= len(run):
+                yield run[begin : begin + piece.length], piece.item_bytes, piece.cut
+                continue
+            parts, at, wanted = [run[begin:]], first, piece.length - (len(run) - begin)
+            while wanted > 0:
+                at += 1
+                parts.append(runs[at][1][:wanted])
+                wanted -= len(parts[-1])
+            yield memoryview(b"".join(parts)), piece.item_bytes, piece.cut

@@ -1,0 +1,68 @@
+"""When to save: every so many steps or seconds, or as often as it pays. Pure.
+
+`auto` weighs what saving costs against what a failure costs. With C the time that one save takes from the
+training (for a save in the background that is its stall and what it slows down, not how long it writes) and M the
+mean time between failures, lost time is least at the interval sqrt(2 C M) (Young, CACM 17(9), 1974; Daly, FGCS
+22(3), 2006, whose further terms matter only where C is not small beside M). Two bounds go with it: a save must be
+durable before the next one begins, and while no failure has been seen, saving takes no more than a given share of
+the time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+PRIOR_FAILURE_SECONDS = 24 * 3600.0
+"""the mean time between failures that is assumed of a run that was never seen to fail; weighs as one failure"""
+FIRST_SECONDS = 60.0
+"""The first save shows what a save costs, so it comes early."""
+
+
+class Policy(msgspec.Struct, frozen=True):
+    """One of the three. `max_overhead`: of `auto`, while no failure is known: a share of the time."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    max_overhead: float = 0.01
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """Measured, of the saves so far; None before the first."""
+
+    cost_seconds: float | None = None
+    """what one save takes from the training"""
+    write_seconds: float | None = None
+    """from the call until it is durable"""
+    failures: int = 0
+    run_seconds: float = 0.0
+    """how long this run has been trained, in all its lives"""
+
+
+class Interval(msgspec.Struct, frozen=True):
+    """How long after a save the next one is due, in steps or, where that is 0, in seconds."""
+
+    steps: int
+    seconds: float
+    reason: str
+
+
+def interval(facts: Facts, policy: Policy) -> Interval:
+    """What the policy comes to, by what is known."""
+    if policy.steps:
+        return Interval(policy.steps, 0.0, f"every {policy.steps} steps")
+    if policy.seconds:
+        return Interval(0, policy.seconds, f"every {policy.seconds:g} s")
+    cost, write = facts.cost_seconds, facts.write_seconds
+    if cost is None or write is None:
+        return Interval(0, FIRST_SECONDS, "the first save shows what saving costs")
+    between = (PRIOR_FAILURE_SECONDS + facts.run_seconds) / (1 + facts.failures)
+    best = math.sqrt(2 * cost * between)
+    reason = f"a save costs {cost:.3g} s, and a failure is expected every {between / 3600:.3g} h"
+    if not facts.failures and cost > best * policy.max_overhead:
+        best = cost / policy.max_overhead
+        reason = f"a save costs {cost:.3g} s, and may cost {policy.max_overhead:.1%} of the time"
+    if write > best:
+        return Interval(0, write, f"a save takes {write:.3g} s to become durable")
+    return Interval(0, best, reason)

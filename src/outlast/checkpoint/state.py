@@ -1,0 +1,379 @@
+"""Capture everything that a training run is made of, or refuse; and give it back to the live objects.
+
+A state is a dictionary: key -> module, optimizer, anything with `state_dict` and `load_state_dict`, generator of
+random numbers, tensor, or container of plain values. A checkpoint holds one JSON tree for each key (see `tree`)
+and, for the tensors in it, one file `KEY.safetensors`; of a module that file is its state dictionary and nothing
+else, so that any tool loads it. What a module has besides (buffers that are not persistent, gradients) lies in
+`KEY.more.safetensors`.
+"""
+
+from __future__ import annotations
+
+import random  # noqa: TID251  its state is captured and given back; nothing is drawn
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from outlast.checkpoint.leaves import Leaf, Leaves, rebuild
+from outlast.checkpoint.tree import Node, Path, TakeTensor, decode, encode
+from outlast.errors import Corrupt, InvalidInput, Refused
+
+RNG = "rng"
+_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
+_RESERVED = {RNG, "state"}
+_WRAPPED = re.compile(r"(^|\.)_orig_mod(?=\.|$)")
+
+State = Mapping[str, Any]
+Give = Callable[[Node], torch.Tensor]
+
+
+class Part(msgspec.Struct):
+    """What was captured of one key."""
+
+    kind: str
+    tree: Node
+    leaves: list[Leaf] = []
+    more: list[Leaf] = []
+
+
+def check(state: State) -> None:
+    """Raises `InvalidInput` for keys that can't name files, and what is no dictionary."""
+    if not isinstance(state, Mapping) or not state:
+        raise InvalidInput('a state is a dictionary such as {"model": model, "optimizer": optimizer}.')
+    for key in state:
+        if not isinstance(key, str) or not _KEY.fullmatch(key) or key in _RESERVED:
+            raise InvalidInput(f"{key!r} can't be a key of the state: letters, digits, _ and -, and not {_RESERVED}.")
+
+
+def kind_of(item: object) -> str:
+    if isinstance(item, torch.nn.Module):
+        return "module"
+    if isinstance(item, torch.optim.Optimizer):
+        return "optimizer"
+    if isinstance(item, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
+        return "generator"
+    if callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None)):
+        return "stateful"
+    return "value"
+
+
+def unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside wrappers that only add a prefix to its names."""
+    if isinstance(module, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
+        return unwrap(module.module)
+    return module
+
+
+def plain_name(name: str) -> str:
+    """A name without the prefixes that `torch.compile` adds."""
+    return _WRAPPED.sub(r"\1", name).replace("..", ".").lstrip(".")
+
+
+def optimizers(state: State) -> Iterator[torch.optim.Optimizer]:
+    yield from (item for item in state.values() if isinstance(item, torch.optim.Optimizer))
+
+
+def parameter_names(state: State) -> dict[int, str]:
+    """`id` of each parameter -> its name; with its module's key before it where there are several modules."""
+    modules = {key: item for key, item in state.items() if isinstance(item, torch.nn.Module)}
+    names: dict[int, str] = {}
+    for key, module in modules.items():
+        prefix = f"{key}." if len(modules) > 1 else ""
+        for name, parameter in unwrap(module).named_parameters():
+            names.setdefault(id(parameter), prefix + plain_name(name))
+    return names
+
+
+# -- capture ---------------------------------------------------------------------------------------------
+
+
+def capture(state: State, accumulating: set[int]) -> dict[str, Part]:
+    """Everything, live: tensors are named and not read yet. Raises `Refused` with the path of what can't be kept.
+
+    `accumulating`: `id` of parameters whose gradients the next step of an optimizer still needs.
+    """
+    steady = _steady(state)
+    names = parameter_names(state)
+    parts = {}
+    for key, item in state.items():
+        kind = kind_of(item)
+        leaves = Leaves(steady)
+        if kind == "module":
+            parts[key] = _module(item, key, leaves, Leaves(steady), accumulating)
+        elif kind == "optimizer":
+            parts[key] = Part(kind, encode(_named(item, names), (key,), _named_by_path(leaves)), leaves.found)
+        else:
+            value = _generator(item) if kind == "generator" else item.state_dict() if kind == "stateful" else item
+            parts[key] = Part(kind, encode(value, (key,), _named_by_path(leaves)), leaves.found)
+    leaves = Leaves(set())
+    parts[RNG] = Part(RNG, encode(random_state(), (RNG,), _named_by_path(leaves)), leaves.found)
+    return parts
+
+
+def _steady(state: State) -> set[int]:
+    """Addresses of the storages that only a step of an optimizer changes."""
+    found = set()
+    for optimizer in optimizers(state):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                found.add(parameter.untyped_storage().data_ptr())
+        for values in optimizer.state.values():
+            for value in values.values() if isinstance(values, dict) else ():
+                if isinstance(value, torch.Tensor):
+                    found.add(value.untyped_storage().data_ptr())
+    return found - {0}
+
+
+def _named_by_path(leaves: Leaves) -> TakeTensor:
+    """Tensors are called by where they lie: `state["optimizer"]["state"]["w"]["exp_avg"]` is `state.w.exp_avg`."""
+
+    def take(path: Path, tensor: torch.Tensor) -> Node:
+        return leaves.take(".".join(map(str, path[1:] or path)), tensor)
+
+    return take
+
+
+def _module(module: torch.nn.Module, key: str, leaves: Leaves, more: Leaves, accumulating: set[int]) -> Part:
+    module = unwrap(module)
+    tree: dict[str, Node] = {"state": {}, "buffers": {}, "grads": {}}
+    for name, value in module.state_dict(keep_vars=True).items():
+        name = plain_name(name)
+        if name in tree["state"]:
+            raise Refused(f"two tensors of {key} are called {name}; nothing was saved.")
+        take = leaves.take if isinstance(value, torch.Tensor) else None
+        tree["state"][name] = take(name, value) if take else encode(value, (key, name), _named_by_path(more))
+    for name, buffer in module.named_buffers():
+        if plain_name(name) not in tree["state"]:
+            tree["buffers"][plain_name(name)] = more.take(f"buffer.{plain_name(name)}", buffer)
+    for name, parameter in module.named_parameters():
+        if parameter.grad is None:
+            continue
+        name = plain_name(name)
+        # A gradient that was used up is not kept, but that there is one is: what has none is skipped by optimizers.
+        needed = id(parameter) in accumulating
+        tree["grads"][name] = more.take(f"grad.{name}", parameter.grad) if needed else None
+    return Part("module", tree, leaves.found, more.found)
+
+
+def _named(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Any]:
+    """Its state dictionary with names of parameters in place of numbers, so that their order doesn't matter."""
+    found = optimizer.state_dict()
+    by_number = _numbered(optimizer, names)
+    return found | {
+        "state": {by_number[number]: values for number, values in found["state"].items()},
+        "param_groups": [
+            group | {"params": [by_number[number] for number in group["params"]]} for group in found["param_groups"]
+        ],
+    }
+
+
+def _numbered(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[int, str]:
+    """The numbers that its state dictionary gives to parameters -> their names."""
+    by_number: dict[int, str] = {}
+    number = 0
+    seen: dict[int, int] = {}
+    for at, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            if id(parameter) not in seen:
+                seen[id(parameter)] = number
+                by_number[number] = names.get(id(parameter), f"group{at}.param{place}")
+                number += 1
+    return by_number
+
+
+def _generator(item: Any) -> Any:
+    if isinstance(item, torch.Generator):
+        return item.get_state()
+    if isinstance(item, np.random.Generator):
+        return item.bit_generator.state
+    return item.getstate() if isinstance(item, random.Random) else item.get_state(legacy=False)
+
+
+def random_state() -> dict[str, Any]:
+    """Of every global generator in this process: python's, numpy's, torch's, and of each accelerator."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+# -- give back -------------------------------------------------------------------------------------------
+
+
+def destinations(state: State, parts: Mapping[str, Part]) -> dict[str, dict[str, torch.Tensor]]:
+    """key -> name -> live memory of modules that can be filled as it is: on the CPU, row-major, of the same type."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, part in parts.items():
+        item = state.get(key)
+        if part.kind != "module" or not isinstance(item, torch.nn.Module):
+            continue
+        mine = found.setdefault(key, {})
+        for name, live in unwrap(item).state_dict(keep_vars=True).items():
+            node = part.tree["state"].get(plain_name(name))
+            if isinstance(live, torch.Tensor) and isinstance(node, dict) and set(node) == {"$", "name"}:
+                plain = type(live) in (torch.Tensor, torch.nn.Parameter)
+                if plain and live.device.type == "cpu" and live.is_contiguous():
+                    mine.setdefault(node["name"], live.detach())
+    return found
+
+
+def mismatches(state: State, parts: Mapping[str, Part], tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> list[str]:
+    """What keeps saved parts from being given back, a line each: kinds, and names and shapes of tensors."""
+    found = []
+    names = parameter_names(state)
+    for key, item in state.items():
+        part = parts[key]
+        if part.kind != kind_of(item):
+            found.append(f"{key}: was a {part.kind}, is a {kind_of(item)}")
+        elif part.kind == "module":
+            mine = {plain_name(name): value for name, value in unwrap(item).state_dict(keep_vars=True).items()}
+            found += _missing(key, mine, part.tree["state"])
+            for name in sorted(mine.keys() & part.tree["state"].keys()):
+                node, value = part.tree["state"][name], mine[name]
+                saved = tensors[key].get(node["name"]) if isinstance(node, dict) and node.get("$") == "tensor" else None
+                shape = None if saved is None else tuple(saved.shape[:-1] if node.get("complex") else saved.shape)
+                if isinstance(value, torch.Tensor) and shape is not None and shape != tuple(value.shape):
+                    found.append(f"{key}: reshaped {name}: was {list(shape)}, is {list(value.shape)}")
+        elif part.kind == "optimizer":
+            mine = dict.fromkeys(_numbered(item, names).values())
+            saved_names = dict.fromkeys(name for group in part.tree["param_groups"] for name in group["params"])
+            found += _missing(key, mine, saved_names)
+    return found
+
+
+def _missing(key: str, mine: Mapping[str, object], saved: Mapping[str, object]) -> list[str]:
+    return [f"{key}: missing {name}: the checkpoint lacks it" for name in mine if name not in saved] + [
+        f"{key}: unexpected {name}: only the checkpoint has it" for name in saved if name not in mine
+    ]
+
+
+def give_back(state: State, parts: Mapping[str, Part], tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Load every part into its live object, in an order that depends on nothing: random numbers come last."""
+    names = parameter_names(state)
+    for key, item in sorted(state.items(), key=lambda each: _ORDER.index(kind_of(each[1]))):
+        part = parts[key]
+
+        def give(node: Node, key: str = key) -> torch.Tensor:
+            return rebuild(node, tensors[key][node["name"]])
+
+        match part.kind:
+            case "module":
+                _give_to_module(unwrap(item), part.tree, give)
+            case "optimizer":
+                _give_to_optimizer(item, decode(part.tree, give), names)
+            case "generator":
+                _give_to_generator(item, decode(part.tree, give))
+            case "stateful":
+                item.load_state_dict(decode(part.tree, give))
+            case "value":
+                _give_to_value(item, decode(part.tree, give), key)
+    if RNG in parts:
+        give_random_state(decode(parts[RNG].tree, lambda node: rebuild(node, tensors[RNG][node["name"]])))
+
+
+_ORDER = ["module", "optimizer", "stateful", "value", "generator"]
+
+
+def _give_to_module(module: torch.nn.Module, tree: Node, give: Give) -> None:
+    live = {plain_name(name): name for name in module.state_dict(keep_vars=True)}
+    # Through its own method, for hooks and extra state. Where memory was filled in place already, it copies nothing.
+    module.load_state_dict({live[name]: decode(node, give) for name, node in tree["state"].items()})
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            if plain_name(name) in tree["buffers"]:
+                buffer.copy_(give(tree["buffers"][plain_name(name)]))
+        for name, parameter in module.named_parameters():
+            node = tree["grads"].get(plain_name(name), "absent")
+            if node == "absent":
+                parameter.grad = None
+            else:
+                parameter.grad = torch.zeros_like(parameter)
+                if node is not None:
+                    parameter.grad.copy_(give(node))
+
+
+def _give_to_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: dict[int, str]) -> None:
+    by_number = _numbered(optimizer, names)
+    numbers = {name: number for number, name in by_number.items()}
+    groups = []
+    for live, group in zip(optimizer.state_dict()["param_groups"], _matched(optimizer, saved, by_number), strict=True):
+        groups.append(group | {"params": live["params"]})
+    state = {numbers[name]: values for name, values in saved["state"].items() if name in numbers}
+    optimizer.load_state_dict(saved | {"state": state, "param_groups": groups})
+    # Its method casts floating-point state to the type of the parameter: moments kept wider come back as they were.
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    for number, parameter in enumerate(dict.fromkeys(parameters)):
+        for name, value in saved["state"].get(by_number[number], {}).items():
+            now = optimizer.state[parameter].get(name)
+            if isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor) and now.dtype != value.dtype:
+                optimizer.state[parameter][name] = value.to(now.device)
+
+
+def _matched(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Any], by_number: dict[int, str]
+) -> Iterator[dict[str, Any]]:
+    """For each live group the saved one that holds its parameters, in whatever order both are."""
+    home = {name: group for group in saved["param_groups"] for name in group["params"]}
+    for at, live in enumerate(optimizer.state_dict()["param_groups"]):
+        found = {id(home[by_number[number]]): home[by_number[number]] for number in live["params"]}
+        if len(found) > 1:
+            raise Refused(f"group {at} of the optimizer holds parameters that were saved in {len(found)} groups.")
+        yield next(iter(found.values())) if found else saved["param_groups"][at]
+
+
+def _give_to_generator(item: Any, saved: Any) -> None:
+    if isinstance(item, torch.Generator):
+        item.set_state(saved)
+    elif isinstance(item, np.random.Generator):
+        item.bit_generator.state = saved
+    elif isinstance(item, random.Random):
+        item.setstate(saved)
+    else:
+        item.set_state(saved)
+
+
+def _give_to_value(live: Any, saved: Any, path: str) -> None:
+    """In place, for others hold the same objects."""
+    if isinstance(live, torch.Tensor) and isinstance(saved, torch.Tensor):
+        with torch.no_grad():
+            live.copy_(saved)
+    elif isinstance(live, dict) and isinstance(saved, dict):
+        for key in [key for key in live if key not in saved]:
+            del live[key]
+        for key, value in saved.items():
+            if key in live and isinstance(live[key], dict | list | torch.Tensor) and _fits(live[key], value):
+                _give_to_value(live[key], value, f"{path}[{key!r}]")
+            else:
+                live[key] = value
+    elif isinstance(live, list) and isinstance(saved, list):
+        live[:] = saved
+    elif live != saved:
+        raise Refused(
+            f"state[{path!r}] is a plain {type(live).__name__}, which can't be changed in place.",
+            hint="Put it into a dictionary or a list inside the state.",
+        )
+
+
+def _fits(live: Any, saved: Any) -> bool:
+    if isinstance(live, torch.Tensor):
+        return isinstance(saved, torch.Tensor) and live.shape == saved.shape and live.dtype == saved.dtype
+    return type(live) is type(saved)
+
+
+def give_random_state(saved: dict[str, Any]) -> None:
+    """Raises `Corrupt` for a state that a generator doesn't take."""
+    try:
+        random.setstate(saved["python"])
+        np.random.set_state(saved["numpy"])
+        torch.set_rng_state(saved["torch"])
+        if torch.cuda.is_available():
+            for device, state in enumerate(saved["cuda"][: torch.cuda.device_count()]):
+                torch.cuda.set_rng_state(state, device)
+    except (KeyError, TypeError, ValueError, RuntimeError) as exc:
+        raise Corrupt(f"the state of the random number generators can't be restored: {exc}.") from exc

@@ -1,0 +1,157 @@
+"""Trainings that are killed and go on: small, real, and with every source of randomness that people use."""
+
+from __future__ import annotations
+
+import hashlib
+import random  # noqa: TID251
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from outlast.checkpoint.run import Run
+
+STEPS = 24
+
+
+class Noisy(Dataset[Any]):
+    """Random augmentation inside the workers, drawn from torch, numpy and python alike."""
+
+    def __init__(self, shape: tuple[int, ...] = (16,), count: int = 103) -> None:
+        self.shape, self.count = shape, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        noise = torch.randn(self.shape) + float(np.random.rand()) + random.random()
+        return noise + index / self.count, index % 4
+
+
+class Stream(IterableDataset[Any]):
+    """Knows where it is."""
+
+    def __init__(self) -> None:
+        self.at = 0
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        while self.at < 61:
+            self.at += 1
+            yield torch.full((16,), self.at / 61) + torch.randn(16), self.at % 4
+        self.at = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, saved: dict[str, int]) -> None:
+        self.at = saved["at"]
+
+
+def seeded() -> None:
+    torch.manual_seed(7)
+    np.random.seed(7)
+    random.seed(7)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(16, 256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4)
+    )
+
+
+def digest(state: dict[str, Any]) -> str:
+    """Of parameters, buffers, the optimizer's state, and of what every generator gives next."""
+    hasher = hashlib.sha256()
+    for value in state["model"].state_dict().values():
+        hasher.update(value.contiguous().numpy().tobytes())
+    for values in state["optimizer"].state.values():
+        for value in values.values():
+            hasher.update(torch.as_tensor(value).contiguous().numpy().tobytes())
+    hasher.update(repr((torch.rand(1).item(), random.random(), np.random.rand())).encode())
+    return hasher.hexdigest()
+
+
+def adamw(url: str) -> str:
+    seeded()
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=STEPS + 1)
+    loader = DataLoader(Noisy(), batch_size=8, shuffle=True, num_workers=2)
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}
+    with Run(url, name="adamw", state=state, save_every=3) as run:
+        run.resume()
+        for _, (x, y) in run.steps(loader, until=STEPS):
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            run.step(loss=loss.item())
+    return digest(state)
+
+
+def accumulating(url: str) -> str:
+    """Gradients are added up over three batches, and scaled; saves fall between."""
+    seeded()
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=3)
+    loader = DataLoader(Noisy(), batch_size=8, shuffle=True)
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler, "loader": loader}
+    with Run(url, name="accumulating", state=state, save_every=2) as run:
+        run.resume()
+        for step, (x, y) in run.steps(loader, until=STEPS):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = F.cross_entropy(model(x).float(), y)
+            scaler.scale(loss).backward()
+            if step % 3 == 2:
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=False)
+            run.step(loss=loss.item())
+    return digest(state)
+
+
+def convolution(url: str) -> str:
+    """Running statistics change in forward; weights lie channels last."""
+    seeded()
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+    ).to(memory_format=torch.channels_last)  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, amsgrad=True)
+    loader = DataLoader(Noisy((3, 12, 12)), batch_size=8, shuffle=True, num_workers=1)
+    state = {"model": model, "optimizer": optimizer, "loader": loader}
+    with Run(url, name="convolution", state=state, save_every=3) as run:
+        run.resume()
+        for _, (x, y) in run.steps(loader, until=STEPS):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x.to(memory_format=torch.channels_last)), y)
+            loss.backward()
+            optimizer.step()
+            run.step(loss=loss.item())
+    return digest(state)
+
+
+def streaming(url: str) -> str:
+    seeded()
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loader = DataLoader(Stream(), batch_size=4)
+    state = {"model": model, "optimizer": optimizer, "loader": loader}
+    with Run(url, name="streaming", state=state, save_every=3) as run:
+        run.resume()
+        for _, (x, y) in run.steps(loader, until=STEPS):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            run.step(loss=loss.item())
+    return digest(state)
+
+
+CASES = {each.__name__: each for each in (adamw, accumulating, convolution, streaming)}

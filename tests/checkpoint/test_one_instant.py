@@ -1,0 +1,70 @@
+"""What is saved is the state of one instant, however early the training goes on changing it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from outlast.checkpoint.run import Run
+from outlast.checkpoint.stage import Staged
+from outlast.errors import Refused
+
+SIZES = (300_001, 5_000_000, 17, 2_000_000)
+
+
+class Filling(torch.optim.Optimizer):
+    """Each step fills every parameter, and what it keeps beside it, with the number of the step."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+        self.number = 0
+
+    def step(self, closure: Any = None) -> None:
+        self.number += 1
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.fill_(self.number)
+                    self.state[parameter].setdefault("kept", torch.zeros_like(parameter)).fill_(self.number)
+
+
+def made() -> dict[str, Any]:
+    model = torch.nn.ParameterList(torch.zeros(size) for size in SIZES)
+    return {"model": model, "optimizer": Filling(model.parameters())}
+
+
+def numbers(state: dict[str, Any]) -> set[float]:
+    """Every value that occurs anywhere."""
+    tensors = [*state["model"].parameters()]
+    tensors += [kept for values in state["optimizer"].state.values() for kept in values.values()]
+    return {float(value) for tensor in tensors for value in tensor.unique()}
+
+
+def test_a_step_that_follows_at_once_is_not_in_the_copy(tmp_path: Path) -> None:
+    state = made()
+    with Run(str(tmp_path / "runs"), name="x", state=state, save_every=1, keep=100) as run:
+        for _ in range(8):
+            state["optimizer"].step()
+            run.step()
+    for step, snapshot in run.checkpoints():
+        found = made()
+        assert Run(str(tmp_path / "runs"), name="x", state=found).load(snapshot) == step
+        assert numbers(found) == {float(step)}
+
+
+def test_without_the_wait_the_torn_copy_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = made()
+    run = Run(str(tmp_path / "runs"), name="x", state=state, save_every=10**9)
+    state["optimizer"].step()
+    run.step()
+    monkeypatch.setattr(Staged, "wait", lambda self: None)
+    pending = run.save()
+    state["optimizer"].step()
+    with pytest.raises(Refused, match="changed outside of its optimizer"):
+        pending.wait()
+    assert run.checkpoints() == []
+    with pytest.raises(Refused):
+        run.close()

@@ -1,0 +1,178 @@
+"""What a training script sees of a run: signals, failures, what is kept, what is skipped."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from outlast.checkpoint.run import Run
+from outlast.errors import InvalidInput, Refused
+from outlast.events import Event
+
+
+class Told:
+    """An event sink that keeps what it is told."""
+
+    wants_progress = False
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def event(self, event: Event) -> None:
+        self.events.append(event)
+
+    def progress(self, progress: object) -> None:
+        pass
+
+
+def made(width: int = 8) -> dict[str, Any]:
+    model = torch.nn.Linear(4, width)
+    return {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)}
+
+
+def trained(run: Run, steps: int, losses: Iterator[float] | None = None) -> None:
+    for _ in range(steps):
+        run.state["optimizer"].zero_grad()
+        run.state["model"](torch.randn(2, 4)).square().mean().backward()
+        run.state["optimizer"].step()
+        run.step(loss=next(losses) if losses else 1.0)
+
+
+def steps_of(run: Run) -> list[int]:
+    return [step for step, _ in run.checkpoints()]
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return str(tmp_path / "runs")
+
+
+def test_a_terminated_run_saves_and_leaves_with_143(url: str) -> None:
+    run = Run(url, name="x", state=made(), save_every=10**9)
+    run.resume()
+    trained(run, 3)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        trained(run, 5)
+    assert left.value.code == 143
+    assert steps_of(run) == [4]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_control_c_saves_and_stops(url: str) -> None:
+    run = Run(url, name="x", state=made(), save_every=10**9)
+    run.resume()
+    trained(run, 1)
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trained(run, 5)
+    assert steps_of(run) == [2]
+
+
+def test_control_c_twice_stops_at_once(url: str) -> None:
+    run = Run(url, name="x", state=made(), save_every=10**9)
+    run.resume()
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    run.close()
+
+
+def test_a_save_into_memory_is_found_by_the_next_process(url: str) -> None:
+    with Run(url, name="x", state=made(), save_every=10**9) as run:
+        run.resume()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        trained(run, 2)
+    assert steps_of(run) == [], "nothing was written to the disk"
+    again = Run(url, name="x", state=made())
+    assert again.resume() == 1
+    again.close()
+
+
+def test_what_failed_in_the_background_is_raised_at_a_later_step(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from outlast.errors import StoreFull
+    from outlast.repo.write import Writer
+
+    def full(*_: object) -> None:
+        raise StoreFull("the disk is full.")
+
+    run = Run(url, name="x", state=made(), save_every=2)
+    monkeypatch.setattr(Writer, "commit", full)
+    with pytest.raises(StoreFull):
+        trained(run, 10_000)
+    monkeypatch.undo()
+    trained(run, 4)
+    run.close()
+    assert steps_of(run), "somebody made room, and it goes on"
+
+
+def test_the_last_the_best_and_the_regular_ones_are_kept(url: str) -> None:
+    losses = iter([9.0, 5.0, 1.0, 7.0, 6.0, 8.0, 5.0, 4.0, 6.0, 7.0])
+    with Run(url, name="x", state=made(), save_every=10**9, keep=2, keep_every=4, best="loss:min") as run:
+        for loss in losses:
+            trained(run, 1)
+            run.save({"loss": loss}).wait()
+    assert steps_of(run) == [3, 4, 8, 9, 10]
+
+
+def test_nan_is_never_the_best_and_never_pushes_out_what_is_sane(url: str) -> None:
+    with Run(url, name="x", state=made(), save_every=10**9, keep=2, best="loss:min") as run:
+        for loss in (3.0, 2.0, 2.5, *[float("nan")] * 4):
+            trained(run, 1)
+            run.save({"loss": loss}).wait()
+    assert steps_of(run) == [2, 3, 6, 7]
+
+
+def test_a_checkpoint_that_crashes_the_run_again_and_again_is_skipped(url: str) -> None:
+    told = Told()
+    with Run(url, name="x", state=made(), save_every=1) as run:
+        trained(run, 2)
+        run.save().wait()
+    for _ in range(3):
+        assert Run(url, name="x", state=made()).resume() == 2
+    assert Run(url, name="x", state=made(), sink=told).resume() == 1
+    assert any("went on from it 3 times" in event.reason for event in told.events)
+
+
+def test_an_exception_between_two_steps_saves_and_one_inside_a_step_does_not(url: str) -> None:
+    data = [torch.zeros(1)] * 4
+    with pytest.raises(ZeroDivisionError), Run(url, name="x", state=made(), save_every=10**9) as run:
+        for _ in run.steps(data, until=9):
+            run.step()
+            raise ZeroDivisionError
+    assert steps_of(run) == [1]
+    with pytest.raises(ZeroDivisionError), Run(url, name="y", state=made(), save_every=10**9) as run:
+        for step, _ in run.steps(data, until=9):
+            if step == 2:
+                raise ZeroDivisionError
+            run.step()
+    assert steps_of(run) == []
+
+
+def test_what_does_not_fit_is_listed_and_nothing_is_loaded(url: str) -> None:
+    with Run(url, name="x", state=made()) as run:
+        trained(run, 1)
+        run.save()
+    state = made(9)
+    before = state["model"].weight.clone()
+    with pytest.raises(Refused, match=r"model: reshaped weight: was \[8, 4\], is \[9, 4\]"):
+        Run(url, name="x", state=state).resume()
+    assert torch.equal(state["model"].weight, before)
+
+
+def test_what_can_not_be_captured_is_refused_with_its_path(url: str) -> None:
+    run = Run(url, name="x", state=made() | {"extra": {"hooks": [print]}})
+    with pytest.raises(Refused, match=r"state\['extra'\]\['hooks'\]\[0\] is a builtins.builtin_function_or_method"):
+        run.save()
+
+
+@pytest.mark.parametrize("wrong", [0, "often", "xs", -3])
+def test_a_senseless_schedule_is_refused(url: str, wrong: Any) -> None:
+    with pytest.raises(InvalidInput, match="save_every"):
+        Run(url, name="x", state=made(), save_every=wrong)
