@@ -40,6 +40,16 @@ class Prepared(msgspec.Struct, frozen=True, gc=False):
     encoded: bytes | memoryview | None = None
 
 
+class Contribution(msgspec.Struct, frozen=True):
+    """What one of several processes stored for a snapshot that another of them commits. It can be sent as JSON."""
+
+    packs: list[PackRef]
+    """durable, and in no entry of the log yet"""
+    relied_on: list[str]
+    bytes_added: int
+    bytes_stored: int
+
+
 class Writer:
     """One session of storing. `prepare` is for any thread, everything else for one.
 
@@ -235,6 +245,26 @@ class Writer:
         self._collect(wait=True)
         self._pool.shutdown()
         self.commit_packs()
+
+    def contribute(self) -> Contribution:
+        """Make everything durable, for another process to commit. `settle` or `abandon` ends the session."""
+        self._close_pack()
+        self._collect(wait=True)
+        self._pool.shutdown()
+        return Contribution(list(self._durable), sorted(self.relied_on), self.bytes_added, self.bytes_stored)
+
+    def take(self, contribution: Contribution) -> None:
+        """Commit with the snapshot what another process contributed to it."""
+        self._durable += contribution.packs
+        self.relied_on.update(contribution.relied_on)
+        self.bytes_added += contribution.bytes_added
+        self.bytes_stored += contribution.bytes_stored
+
+    def settle(self) -> None:
+        """The other process has committed what was contributed; the session is over."""
+        self._repository.own_packs.difference_update(ref.name for ref in self._durable)
+        self._durable.clear()
+        self._speed_up_next_open()
 
     def commit(self, snapshot: Snapshot) -> Snapshot:
         """Make everything durable and commit the snapshot: the only moment at which it comes to exist.
