@@ -77,7 +77,7 @@ def create(
     from outlast.store.layers import open_store
 
     return Repository.create(
-        open_store(url), secret=_secret(passphrase), compression=compression, sink=sink or NULL_SINK
+        open_store(url), secret=secret_of(passphrase), compression=compression, sink=sink or NULL_SINK
     )
 
 
@@ -91,7 +91,7 @@ def open(url: str, *, passphrase: Passphrase | None = None, sink: EventSink | No
     from outlast.repo.repository import Repository
     from outlast.store.layers import open_store
 
-    secret = _secret(passphrase)
+    secret = secret_of(passphrase)
     repository = Repository.open(open_store(url), secret=not_empty(secret) if secret else None, sink=sink or NULL_SINK)
     if passphrase is not None:
         expect_encrypted(repository)
@@ -126,7 +126,7 @@ def not_empty(secret: Callable[[], bytes]) -> Callable[[], bytes]:
     return checked
 
 
-def _secret(passphrase: Passphrase | None) -> Callable[[], bytes] | None:
+def secret_of(passphrase: Passphrase | None) -> Callable[[], bytes] | None:
     if passphrase is None or callable(passphrase):
         return passphrase
     given = passphrase.encode() if isinstance(passphrase, str) else passphrase

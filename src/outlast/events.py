@@ -6,6 +6,7 @@ a progress bar, JSON lines or metrics.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Protocol
 
 import msgspec
@@ -54,6 +55,18 @@ class NullSink:
         return
 
 
+class LogSink:
+    """Warns through the logger "outlast", which writes to standard error where nobody set up anything else."""
+
+    wants_progress = False
+
+    def event(self, event: Event) -> None:
+        logging.getLogger("outlast").warning("%s", event.reason or event.kind)
+
+    def progress(self, progress: Progress) -> None:
+        return
+
+
 class ListSink:
     """Keeps events in a list; for tests and callers that look afterwards."""
 
@@ -70,3 +83,4 @@ class ListSink:
 
 
 NULL_SINK = NullSink()
+LOG_SINK = LogSink()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random  # noqa: TID251
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
+from outlast.checkpoint.leaves import local
 from outlast.checkpoint.run import Run
 
 STEPS = 24
@@ -67,10 +71,10 @@ def digest(state: dict[str, Any]) -> str:
     """Of parameters, buffers, the optimizer's state, and of what every generator gives next."""
     hasher = hashlib.sha256()
     for value in state["model"].state_dict().values():
-        hasher.update(value.contiguous().numpy().tobytes())
+        hasher.update(local(value).contiguous().numpy().tobytes())
     for values in state["optimizer"].state.values():
         for value in values.values():
-            hasher.update(torch.as_tensor(value).contiguous().numpy().tobytes())
+            hasher.update(local(torch.as_tensor(value)).contiguous().numpy().tobytes())
     hasher.update(repr((torch.rand(1).item(), random.random(), np.random.rand())).encode())
     return hasher.hexdigest()
 
@@ -154,4 +158,58 @@ def streaming(url: str) -> str:
     return digest(state)
 
 
-CASES = {each.__name__: each for each in (adamw, accumulating, convolution, streaming)}
+def together() -> tuple[int, int]:
+    """(this rank, ranks) of a process group over gloo."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{os.environ['MEET']}", rank=rank, world_size=ranks)
+    return rank, ranks
+
+
+def replicated(url: str) -> str:
+    """DistributedDataParallel, with statistics and random numbers that differ by rank."""
+    rank, ranks = together()
+    seeded()
+    bare = nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 4))
+    model = nn.parallel.DistributedDataParallel(bare)
+    torch.manual_seed(rank)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    data = Noisy()
+    sampler = DistributedSampler(data, ranks, rank, shuffle=True, seed=3)
+    loader = DataLoader(data, batch_size=4, sampler=sampler, num_workers=1)
+    state = {"model": model, "optimizer": optimizer, "loader": loader}
+    with Run(url, name="replicated", state=state, save_every=3) as run:
+        run.resume()
+        for _, (x, y) in run.steps(loader, until=STEPS):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            run.step()
+    return digest({"model": bare, "optimizer": optimizer})
+
+
+def sharded(url: str) -> str:
+    """FSDP2: what a rank holds of parameters and of the optimizer's state is a part."""
+    rank, ranks = together()
+    seeded()
+    model = mlp()
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer)
+    fully_shard(model)
+    torch.manual_seed(rank)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    data = Noisy()
+    loader = DataLoader(data, batch_size=4, sampler=DistributedSampler(data, ranks, rank, seed=3))
+    state = {"model": model, "optimizer": optimizer, "loader": loader}
+    with Run(url, name="sharded", state=state, save_every=3) as run:
+        run.resume()
+        for _, (x, y) in run.steps(loader, until=STEPS):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            run.step()
+    return digest(state)
+
+
+RANKS = {"replicated": 2, "sharded": 2}
+CASES = {each.__name__: each for each in (adamw, accumulating, convolution, streaming, replicated, sharded)}

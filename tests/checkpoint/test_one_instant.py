@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from outlast.checkpoint import stage
 from outlast.checkpoint.run import Run
 from outlast.checkpoint.stage import Staged
 from outlast.errors import Refused
@@ -60,9 +62,13 @@ def test_without_the_wait_the_torn_copy_is_noticed(tmp_path: Path, monkeypatch: 
     run = Run(str(tmp_path / "runs"), name="x", state=state, save_every=10**9)
     state["optimizer"].step()
     run.step()
+    has_stepped = threading.Event()
+    copied = stage._copy_later
+    monkeypatch.setattr(stage, "_copy_later", lambda *given: has_stepped.wait() and copied(*given))
     monkeypatch.setattr(Staged, "wait", lambda self: None)
     pending = run.save()
     state["optimizer"].step()
+    has_stepped.set()
     with pytest.raises(Refused, match="changed outside of its optimizer"):
         pending.wait()
     assert run.checkpoints() == []

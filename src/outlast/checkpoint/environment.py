@@ -33,7 +33,7 @@ def fingerprint() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numpy": str(np.__version__),
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+import stat
+from collections.abc import Callable, Mapping
+
+import msgspec
 
 from outlast.checkpoint import keep
 from outlast.checkpoint import save as saving
 from outlast.checkpoint.keep import Kept
-from outlast.checkpoint.stage import Place
-from outlast.checkpoint.state import Part
+from outlast.checkpoint.ranks import Ranks
+from outlast.checkpoint.save import Captured
 from outlast.clock import Clock
-from outlast.errors import NoRepository, OutlastError
+from outlast.errors import Busy, NoRepository, OutlastError, Refused
 from outlast.events import Event, EventSink
 from outlast.records import Snapshot
 from outlast.repo import forget, prune
@@ -24,24 +28,45 @@ from outlast.store.layers import open_store
 _MEMORY = "/dev/shm"  # noqa: S108  private folders are made in it
 # Of what lies in packs that are still needed half may be waste, before such a pack is written anew.
 _PRUNE = PrunePolicy(max_unused=0.5, max_delete=1.0, grace_seconds=0.0)
+_TRIES = 3
+
+Secret = Callable[[], bytes]
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """A checkpoint that a run might go on from."""
+
+    snapshot: str
+    step: int
+    in_memory: bool
+    crashes: int
+    """how often the run went on from it, and saved no later one"""
 
 
 class Tier:
     """The checkpoints of one run in one repository, made when the first is saved."""
 
-    def __init__(self, url: str, name: str, clock: Clock, sink: EventSink) -> None:
-        self._url, self._name, self._clock, self._sink = url, name, clock, sink
+    def __init__(self, url: str, name: str, secret: Secret | None, clock: Clock, sink: EventSink) -> None:
+        self._url, self._name, self._secret, self._clock, self._sink = url, name, secret, clock, sink
         self._opened: Repository | None = None
         self._dropped_bytes = 0
+        self.was_damaged = False
+        """Damage was seen: what new work would rely on is read first."""
+
+    def anew(self) -> Tier:
+        """The same place, of which nothing is known."""
+        return Tier(self._url, self._name, self._secret, self._clock, self._sink)
 
     def open(self, *, make: bool) -> Repository | None:
         if self._opened is None:
             store = open_store(self._url)
             try:
-                self._opened = Repository.open(store, clock=self._clock, sink=self._sink)
+                self._opened = Repository.open(store, secret=self._secret, clock=self._clock, sink=self._sink)
             except NoRepository:
                 if make:
-                    self._opened = Repository.create(store, compression="none", clock=self._clock, sink=self._sink)
+                    self._opened = Repository.create(
+                        store, secret=self._secret, compression="none", clock=self._clock, sink=self._sink
+                    )
         return self._opened
 
     @property
@@ -58,15 +83,35 @@ class Tier:
         found = [(int(each.tags["step"]), each) for each in mine if each.tags.get("step", "").isdigit()]
         return sorted(found, key=lambda each: (each[0], each[1].time))
 
-    def crashes(self, snapshot: Snapshot) -> int:
-        return self.repository.state.resumed.get(snapshot.id, 0)
-
     def note_resumed(self, snapshot: Snapshot) -> None:
         """Count it in the log. That it fails (a store that is read-only) doesn't keep the run from going on."""
         try:
             self.repository.log.append(RESUMED, lambda _: {"snapshot": snapshot.id})
         except OutlastError as exc:
             self._sink.event(Event("resume.not_counted", f"that the run went on is not in the log: {exc.message}"))
+
+    def persist(self, captured: Callable[[], Captured], tags: Mapping[str, str], ranks: Ranks) -> Snapshot:
+        ids = ranks.save.from_first(lambda: self.repository.format.id, str)
+        found = ranks.save.exchange(lambda: self.repository.format.id, str)
+        if set(found) != {ids}:
+            raise Refused(
+                f"the ranks of this run see different repositories at {self._url}; nothing was saved.",
+                hint="Give the run a place that all of them share, such as s3:// or a network file system.",
+            )
+        for left in reversed(range(_TRIES)):
+            self.repository.refresh()
+            try:
+                return saving.persist(self.repository, self._name, captured, tags, ranks, trusting=not self.was_damaged)
+            except Busy:  # somebody's prune took what it relied on
+                if not left:
+                    raise
+        raise AssertionError
+
+    def verify(self, snapshot: Snapshot) -> None:
+        """Read every chunk of a checkpoint. Raises `Corrupt`."""
+        self.repository.refresh()
+        chunks = {chunk for entry in self.repository.entries(snapshot) for chunk, _ in entry.chunks}
+        self.repository.fetch(map(bytes.fromhex, sorted(chunks)), lambda _, __: None)
 
     def drop(self, policy: keep.Policy) -> None:
         """Forget the checkpoints that the policy doesn't keep, and free their space when it is worth it."""
@@ -87,45 +132,76 @@ class Tier:
 class Home:
     """The tiers of a run."""
 
-    def __init__(self, url: str, name: str, policy: keep.Policy, clock: Clock, sink: EventSink) -> None:
-        self._name, self._policy, self._sink = name, policy, sink
-        self.disk = Tier(url, name, clock, sink)
-        self.memory = Tier(_memory_url(url, name), name, clock, sink)
-        self.failures_before = 0
-        self.run_seconds_before = 0.0
+    def __init__(
+        self, url: str, name: str, policy: keep.Policy, secret: Secret | None, clock: Clock, sink: EventSink
+    ) -> None:
+        self._policy, self._sink = policy, sink
+        self._memory_folder = _memory_folder(url, name)
+        self.disk = Tier(url, name, secret, clock, sink)
+        self.memory = Tier(self._memory_folder, name, secret, clock, sink)
 
-    def candidates(self) -> Iterator[tuple[Tier, int, Snapshot]]:
+    def candidates(self) -> list[Candidate]:
         """Every checkpoint, newest first; of the same step that in memory."""
-        found = [(step, tier is self.memory, tier, each) for tier in (self.disk, self.memory)
-                 for step, each in tier.checkpoints()]  # fmt: skip
-        for step, _, tier, snapshot in sorted(found, key=lambda each: (each[0], each[1], each[3].time), reverse=True):
-            yield tier, step, snapshot
+        found: list[tuple[int, bool, str, Candidate]] = []
+        for tier in (self.disk, self.memory):
+            if tier is self.memory and not _is_private(self._memory_folder):
+                continue
+            for step, each in tier.checkpoints():
+                crashes = tier.repository.state.resumed.get(each.id, 0)
+                in_memory = tier is self.memory
+                found.append((step, in_memory, each.time, Candidate(each.id, step, in_memory, crashes)))
+        return [each[-1] for each in sorted(found, key=lambda each: each[:3], reverse=True)]
+
+    def tier(self, candidate: Candidate) -> Tier:
+        return self.memory if candidate.in_memory else self.disk
+
+    def find(self, candidate: Candidate) -> tuple[Tier, Snapshot]:
+        tier = self.tier(candidate)
+        return tier, tier.repository.find_snapshot(candidate.snapshot)
 
     def persist(
-        self,
-        step: int,
-        parts: Mapping[str, Part],
-        contents: Mapping[Place, memoryview],
-        metrics: Mapping[str, float],
-        *,
-        in_memory: bool,
+        self, captured: Callable[[], Captured], metrics: Mapping[str, float], ranks: Ranks, *, in_memory: bool
     ) -> Snapshot:
+        """Commit what `captured` gives, once it is staged; every rank calls it and gets the same snapshot."""
         tier = self.memory if in_memory else self.disk
-        repository = tier.repository
-        repository.refresh()
-        tags = {f"metric.{key}": repr(float(value)) for key, value in metrics.items()}
-        snapshot = saving.persist(repository, self._name, step, parts, contents, tags)
+        if in_memory:
+            ranks.save.exchange(lambda: _make_private(self._memory_folder), str)
+        return tier.persist(captured, {f"metric.{key}": repr(float(value)) for key, value in metrics.items()}, ranks)
+
+    def drop(self, *, in_memory: bool) -> None:
+        """What need not be kept any more, now that a newer one is durable. Failing at it is no failure of the save."""
         try:
-            tier.drop(keep.Policy(1) if in_memory else self._policy)
-        except OutlastError as exc:
-            self._sink.event(Event("checkpoint.not_dropped", f"old checkpoints were not dropped: {exc.message}"))
-        return snapshot
+            if in_memory:
+                self.memory.drop(keep.Policy(1))
+            else:
+                self.disk.drop(self._policy)
+                if _is_private(self._memory_folder):
+                    shutil.rmtree(self._memory_folder)  # it holds older ones alone
+                    self.memory = self.memory.anew()
+        except (OutlastError, OSError) as exc:
+            self._sink.event(Event("checkpoint.not_dropped", f"old checkpoints were not dropped: {exc}"))
 
 
-def _memory_url(url: str, name: str) -> str:
-    """A folder of this user for this run. In it nobody else can write."""
+def _memory_folder(url: str, name: str) -> str:
     own = hashlib.sha256(f"{os.path.abspath(url) if '://' not in url else url}\0{name}".encode()).hexdigest()[:24]
     return f"{_MEMORY}/outlast-{os.getuid()}/{own}"
+
+
+def _make_private(folder: str) -> str:
+    """The folder, which is there now. Raises `Refused` where somebody else could write to it."""
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    if not _is_private(folder):
+        raise Refused(f"{os.path.dirname(folder)} belongs to somebody else, or others may write to it.")
+    return folder
+
+
+def _is_private(folder: str) -> bool:
+    """Whether it and the folder above it are this user's alone."""
+    try:
+        found = [os.lstat(path) for path in (os.path.dirname(folder), folder)]
+    except FileNotFoundError:
+        return False
+    return all(each.st_uid == os.getuid() and stat.S_ISDIR(each.st_mode) and not each.st_mode & 0o022 for each in found)
 
 
 def _kept(step: int, snapshot: Snapshot) -> Kept:

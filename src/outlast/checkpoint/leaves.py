@@ -49,6 +49,33 @@ class Leaf(NamedTuple):
         return self.tensor.numel() * self.tensor.element_size()
 
 
+class Region(NamedTuple):
+    """The part of a sharded tensor that this rank holds."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor: all of it, but for a DTensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def region_of(name: str, tensor: torch.Tensor) -> Region | None:
+    """None for a tensor that isn't sharded. Raises `Refused` where a rank holds no single block of it."""
+    if not hasattr(tensor, "__create_chunk_list__"):
+        return None
+    blocks = tensor.__create_chunk_list__()  # the protocol of torch.distributed.checkpoint
+    partial = any(each.is_partial() for each in getattr(tensor, "placements", ()))
+    if len(blocks) != 1 or partial or tensor.is_complex():
+        what = "complex" if tensor.is_complex() else "a sum not made yet" if partial else "not one block"
+        raise Refused(
+            f"what this rank holds of the sharded tensor {name} is {what}; nothing was saved.",
+            hint="Save it through outlast.checkpoint.dcp, or shard it in one block on each rank.",
+        )
+    return Region(tuple(blocks[0].offsets), tuple(blocks[0].sizes))
+
+
 class Leaves:
     """Gathers the tensors of one file. Each place in memory is stored once, however many names it has."""
 
@@ -61,8 +88,11 @@ class Leaves:
 
     def take(self, name: str, tensor: torch.Tensor) -> Node:
         """The node that stands for the tensor: kind, name, and what a file of row-major tensors can't say."""
-        tensor = _plain(name, tensor.detach())
         node: dict[str, Any] = {"$": "tensor", "name": name}
+        region = region_of(name, tensor)
+        if region is not None:
+            node["global"] = {"shape": list(tensor.shape), "offset": list(region.offset)}
+        tensor = _plain(name, local(tensor).detach())
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor.resolve_conj())
             node["complex"] = True

@@ -1,17 +1,24 @@
-"""Load a checkpoint into live objects: every byte verified, straight into the memory where it belongs."""
+"""Load a checkpoint into live objects: every byte verified, straight into the memory where it belongs.
+
+Each rank finds its own files. Where the ranks, or what each of them holds of a sharded tensor, are others than
+those that saved, tensors are put together from the files of all ranks; what differed by rank besides (random
+numbers, place in the data) is then that of rank 0.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
 
 from outlast.checkpoint import state as live
-from outlast.checkpoint.leaves import DTYPES, tensor_bytes
-from outlast.checkpoint.save import STATE_FILE, STATE_VERSION, Description
+from outlast.checkpoint.leaves import DTYPES, Region, tensor_bytes
+from outlast.checkpoint.save import STATE_FILE, STATE_VERSION, Description, folder_of
 from outlast.checkpoint.state import Part, State
+from outlast.checkpoint.tree import Node
 from outlast.errors import Corrupt, Refused
 from outlast.records import Entry, Snapshot, parse
 from outlast.repo import formats
@@ -20,39 +27,134 @@ from outlast.repo.repository import Repository, chunk_offsets
 
 _LINES_MAX = 18
 Tensors = dict[str, dict[str, torch.Tensor]]
+Places = dict[str, list[tuple[int, memoryview]]]
 
 
 class Loaded(msgspec.Struct):
     step: int
     snapshot: Snapshot
     bytes: int
+    facts: dict[str, Any] = {}
+    notes: list[str] = []
+    """what is not as it was when it was saved"""
 
 
-def load(repository: Repository, snapshot: Snapshot, state: State) -> Loaded:
+class Stored(NamedTuple):
+    """A tensor in a file of the checkpoint."""
+
+    entry: Entry
+    offset: int
+    length: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Shelf:
+    """What one rank saved."""
+
+    def __init__(self, files: Mapping[str, Entry], folder: str, chunks: RecentChunks, snapshot: Snapshot) -> None:
+        self._chunks = chunks
+        self.files = {path.removeprefix(folder): entry for path, entry in files.items() if path.startswith(folder)}
+        self.described = describe(self.files, chunks, snapshot)
+        self.parts = {key: Part(kind, tree) for key, (kind, tree) in self.described.parts.items()}
+        self._tensors: dict[str, dict[str, Stored]] = {}
+
+    def tensors(self, key: str) -> dict[str, Stored]:
+        """Those of both files of a key, by name."""
+        if key not in self._tensors:
+            found = self._tensors[key] = {}
+            for file in (f"{key}.safetensors", f"{key}.more.safetensors"):
+                if file in self.files:
+                    found.update(_tensors_of(self.files[file], self._chunks))
+        return self._tensors[key]
+
+    def shape_of(self, key: str, node: Node) -> tuple[int, ...] | None:
+        """Of the whole tensor, that of all ranks together where it is sharded."""
+        if "global" in node:
+            return tuple(node["global"]["shape"])
+        stored = self.tensors(key).get(node["name"])
+        return None if stored is None else stored.shape[:-1] if node.get("complex") else stored.shape
+
+    def read(self, stored: Stored) -> torch.Tensor:
+        data = bytearray(Content(stored.entry, self._chunks.get).read(stored.offset, stored.length))
+        flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        return flat.view(stored.dtype).reshape(stored.shape)
+
+    @cached_property
+    def offsets(self) -> dict[tuple[str, str], tuple[int, ...]]:
+        """(key, name of a leaf) -> where in the whole tensor what is stored begins, for those that are sharded."""
+        return {
+            (key, node["name"]): tuple(node["global"]["offset"])
+            for key, part in self.parts.items()
+            for node in _nodes(part.tree)
+            if "global" in node
+        }
+
+    def region(self, key: str, name: str) -> Region:
+        shape = self.tensors(key)[name].shape
+        return Region(self.offsets.get((key, name), (0,) * len(shape)), shape)
+
+
+def load(repository: Repository, snapshot: Snapshot, state: State, rank: int = 0, ranks: int = 1) -> Loaded:
     """Fill the live objects of `state`. Raises `Corrupt`, `Refused`; then they may be filled in part."""
     files = {entry.path: entry for entry in repository.entries(snapshot) if entry.type == "file"}
     chunks = RecentChunks(repository)
-    described = describe(files, chunks, snapshot)
-    parts = {key: Part(kind, tree) for key, (kind, tree) in described.parts.items()}
-    missing = [key for key in state if key not in parts]
+    saved_ranks = sum(path.rpartition("/")[2] == STATE_FILE for path in files) or 1
+    shelves = _Shelves(files, saved_ranks, chunks, snapshot)
+    shelf = shelves[rank if saved_ranks == ranks else 0]
+    missing = [key for key in state if key not in shelf.parts]
     if missing:
-        raise Refused(f"checkpoint {snapshot.id[:8]} has no {', '.join(missing)}; it has {', '.join(parts)}.")
-    wanted = {key: part for key, part in parts.items() if key in state or key == live.RNG}
+        raise Refused(f"checkpoint {snapshot.id[:8]} has no {', '.join(missing)}; it has {', '.join(shelf.parts)}.")
+    wanted = {key: part for key, part in shelf.parts.items() if key in state or key == live.RNG}
+    refuse_mismatch(snapshot, live.mismatches(state, wanted, shelf.shape_of))
+    regions = live.regions(state, wanted, shelf.shape_of)
     targets = live.destinations(state, wanted)
+    notes = [] if saved_ranks == ranks else [_resharding(shelf, state, saved_ranks, ranks)]
+    if saved_ranks != ranks:
+        notes += _taken_of_first(snapshot, shelves, state)
     tensors: Tensors = {}
-    places: dict[str, list[tuple[int, memoryview]]] = {}
-    total = 0
+    runs: dict[str, list[tuple[int, memoryview]]] = {}
+    spread: list[tuple[str, str, torch.Tensor, Region]] = []
     for key in wanted:
         mine = tensors[key] = {}
-        for file, into in ((f"{key}.safetensors", targets.get(key, {})), (f"{key}.more.safetensors", {})):
-            entry = files.get(file)
-            if entry is not None:
-                total += entry.size
-                mine.update(_plan(entry, chunks, into, places))
-    refuse_mismatch(snapshot, live.mismatches(state, wanted, tensors))
-    _fill(repository, places)
-    live.give_back(state, wanted, tensors)
-    return Loaded(described.step, snapshot, total)
+        for name, stored in shelf.tensors(key).items():
+            region = regions.get(key, {}).get(name)
+            have = shelf.region(key, name)
+            shape = have.shape if region is None else region.shape
+            target = targets.get(key, {}).get(name)
+            if target is None or target.dtype != stored.dtype or tuple(target.shape) != shape:
+                target = torch.empty(shape, dtype=stored.dtype)
+            mine[name] = target
+            if region is not None and region != have:
+                spread.append((key, name, target, region))
+            elif stored.length:
+                runs.setdefault(stored.entry.path, []).append((stored.offset, tensor_bytes(target)))
+    _fill(repository, files, runs)
+    for key, name, target, region in spread:
+        _put_together(shelves, key, name, target, region)
+    live.give_back(state, wanted, tensors, regions)
+    if rank >= saved_ranks or (rank and saved_ranks != ranks):
+        live.reseed(rank)
+    total = sum(entry.size for entry in shelf.files.values())
+    return Loaded(shelf.described.step, snapshot, total, shelf.described.facts, notes)
+
+
+class _Shelves:
+    """Those of all ranks, looked at when they are needed."""
+
+    def __init__(self, files: Mapping[str, Entry], count: int, chunks: RecentChunks, snapshot: Snapshot) -> None:
+        self._files, self._chunks, self._snapshot = files, chunks, snapshot
+        self._count = count
+        self._found: dict[int, Shelf] = {}
+
+    def __getitem__(self, rank: int) -> Shelf:
+        if rank not in self._found:
+            folder = folder_of(rank, self._count)
+            self._found[rank] = Shelf(self._files, folder, self._chunks, self._snapshot)
+        return self._found[rank]
+
+    def __iter__(self) -> Iterator[Shelf]:
+        return (self[rank] for rank in range(self._count))
 
 
 def refuse_mismatch(snapshot: Snapshot, found: list[str]) -> None:
@@ -78,36 +180,105 @@ def describe(files: Mapping[str, Entry], chunks: RecentChunks, snapshot: Snapsho
     return found
 
 
-def _plan(
-    entry: Entry,
-    chunks: RecentChunks,
-    into: Mapping[str, torch.Tensor],
-    places: dict[str, list[tuple[int, memoryview]]],
-) -> dict[str, torch.Tensor]:
-    """The tensors of a file, in live memory where it fits; `places` learns which chunk is to fill what."""
+def _resharding(shelf: Shelf, state: State, saved_ranks: int, ranks: int) -> str:
+    def told(count: int, mesh: Mapping[str, int]) -> str:
+        return " ".join([f"{count} rank{'s' * (count != 1)}", *(f"{name}={size}" for name, size in mesh.items())])
+
+    parallel: Any = shelf.described.facts.get("parallel", {})
+    before, now = told(saved_ranks, parallel.get("mesh", {})), told(ranks, live.mesh(state))
+    return f"saved with {before}, now {now}: resharding; what differed by rank is taken of rank 0"
+
+
+def _taken_of_first(snapshot: Snapshot, shelves: _Shelves, state: State) -> list[str]:
+    """Raises `Refused` for what differs by rank and isn't known to be a part of a whole; a note for what may differ."""
+    differing = []
+    for key, item in state.items():
+        first = shelves[0]
+        files = [[shelf.files.get(f"{key}{end}.safetensors") for shelf in shelves] for end in ("", ".more")]
+        if all(_chunks(entry) == _chunks(each[0]) for each in files for entry in each):
+            continue
+        may_differ = set()
+        if isinstance(item, torch.nn.Module):
+            may_differ = {name for name, _ in live.unwrap(item).named_buffers()}
+        for name, stored in first.tensors(key).items():
+            if (key, name) in first.offsets:
+                continue
+            mine = first.read(stored)
+            if any(not _same(mine, shelf, key, name) for shelf in shelves):
+                differing.append((key, name))
+                if live.kind_of(item) in ("module", "optimizer") and live.plain_name(name) not in may_differ:
+                    raise Refused(
+                        f"{name} of {key} in checkpoint {snapshot.id[:8]} differs between the ranks that saved it, and "
+                        "says no layout, so it can't be resharded; nothing was loaded.",
+                        hint="Go on with as many ranks as saved it, or shard it as a DTensor.",
+                    )
+    told = "{} tensors differ by rank, such as {} of {}: those of rank 0 are taken"
+    return [told.format(len(differing), *reversed(differing[0]))] if differing else []
+
+
+def _chunks(entry: Entry | None) -> object:
+    return None if entry is None else entry.chunks
+
+
+def _same(mine: torch.Tensor, shelf: Shelf, key: str, name: str) -> bool:
+    stored = shelf.tensors(key).get(name)
+    return stored is not None and stored.shape == tuple(mine.shape) and (
+        tensor_bytes(shelf.read(stored)) == tensor_bytes(mine)
+    )  # fmt: skip
+
+
+def _put_together(shelves: _Shelves, key: str, name: str, target: torch.Tensor, wanted: Region) -> None:
+    """Fill the wanted region from the regions that ranks stored. Raises `Corrupt` where they don't cover it."""
+    covered: set[tuple[int, ...]] = set()
+    filled = 0
+    for shelf in shelves:
+        if name not in shelf.tensors(key):
+            continue
+        have = shelf.region(key, name)
+        low = [max(a, b) for a, b in zip(have.offset, wanted.offset, strict=True)]
+        high = [min(a + m, b + n) for a, m, b, n in zip(*have, *wanted, strict=True)]
+        if any(a >= b for a, b in zip(low, high, strict=True)) or have.offset in covered:
+            continue
+        covered.add(have.offset)  # the same region on several ranks is the same replica
+        source = shelf.read(shelf.tensors(key)[name])
+        into = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, wanted.offset, strict=True))
+        out_of = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, have.offset, strict=True))
+        with torch.no_grad():
+            target[into].copy_(source[out_of])
+        filled += source[out_of].numel()
+    if filled != target.numel():
+        raise Corrupt(f"{name} of {key} is stored in parts that don't make up the whole tensor.")
+
+
+def _nodes(tree: Node) -> Iterator[dict[str, Any]]:
+    """Every node of a tensor."""
+    if isinstance(tree, list):
+        for each in tree:
+            yield from _nodes(each)
+    elif isinstance(tree, dict):
+        if tree.get("$") == "tensor":
+            yield tree
+        else:
+            for each in tree.values():
+                yield from _nodes(each)
+
+
+def _tensors_of(entry: Entry, chunks: RecentChunks) -> Iterator[tuple[str, Stored]]:
     content = Content(entry, chunks.get)
     found = formats.tensors(content.read, entry.size)
     if found is None:
         raise Corrupt(f"{entry.path} is no safetensors file.")
-    tensors: dict[str, torch.Tensor] = {}
-    runs: list[tuple[int, memoryview]] = []
     for each in found:
         dtype = DTYPES.get(each.dtype)
         if dtype is None:
             raise Refused(f"{each.name} of {entry.path} has elements of type {each.dtype}, which torch lacks.")
-        target = into.get(each.name)
-        if target is None or target.dtype != dtype or tuple(target.shape) != each.shape:
-            target = torch.empty(each.shape, dtype=dtype)
-        tensors[each.name] = target
-        if each.length:
-            runs.append((each.offset, tensor_bytes(target)))
-    _aim(entry, runs, places)
-    return tensors
+        yield each.name, Stored(entry, each.offset, each.length, dtype, each.shape)
 
 
-def _aim(entry: Entry, runs: list[tuple[int, memoryview]], places: dict[str, list[tuple[int, memoryview]]]) -> None:
-    """For each chunk: (its offset within the chunk, memory to fill from there). Both lists are in order of offset."""
+def _aim(entry: Entry, runs: list[tuple[int, memoryview]], places: Places) -> None:
+    """For each chunk: (its offset within the chunk, memory to fill from there)."""
     at = 0
+    runs = sorted(runs, key=lambda run: run[0])
     for start, (chunk, length) in chunk_offsets(entry):
         while at < len(runs) and runs[at][0] + len(runs[at][1]) <= start:
             at += 1
@@ -119,20 +290,15 @@ def _aim(entry: Entry, runs: list[tuple[int, memoryview]], places: dict[str, lis
             each += 1
 
 
-def _fill(repository: Repository, places: dict[str, list[tuple[int, memoryview]]]) -> None:
+def _fill(repository: Repository, files: Mapping[str, Entry], runs: Mapping[str, list[tuple[int, memoryview]]]) -> None:
+    """Read each chunk once, and put it wherever it belongs. `runs`: by path, (offset in the file, memory)."""
+    places: Places = {}
+    for path, mine in runs.items():
+        _aim(files[path], mine, places)
+
     def deliver(chunk: bytes, plain: bytes | memoryview) -> None:
         view = memoryview(plain)
         for skip, memory in places[chunk.hex()]:
             memory[:] = view[skip : skip + len(memory)]
 
     repository.fetch((bytes.fromhex(chunk) for chunk in places), deliver)
-
-
-def checkpoints(repository: Repository, name: str) -> list[tuple[int, Snapshot]]:
-    """(step, snapshot) of a run, oldest first."""
-    found: list[tuple[int, Snapshot]] = []
-    for snapshot in repository.snapshots():
-        step: Any = snapshot.tags.get("step", "")
-        if snapshot.kind == "checkpoint" and snapshot.name == name and step.isdigit():
-            found.append((int(step), snapshot))
-    return found

@@ -11,13 +11,13 @@ from outlast.records import Snapshot
 
 
 class PendingSave:
-    """What to wait for, in this order: staged, then durable.
+    """What to wait for, in this order: staged, durable, verified.
 
     *Staged*: training may change everything. *Durable*: it survives a kill and a power cut, and older ones may be
-    dropped.
+    dropped. *Verified*: every byte was read back from the repository and compared; nobody does that unasked.
     """
 
-    def __init__(self, step: int, staged: Staged, began_seconds: float) -> None:
+    def __init__(self, step: int, staged: Staged, verify: Callable[[Snapshot], None]) -> None:
         self.step = step
         self.snapshot: Snapshot | None = None
         self.cost_seconds = 0.0
@@ -25,14 +25,24 @@ class PendingSave:
         self.write_seconds = 0.0
         """from the call until it was durable"""
         self._staged = staged
+        self._verify = verify
+        self._durable = threading.Event()
         self._done = threading.Event()
         self._error: BaseException | None = None
+        self._was_raised = False
 
     @property
     def done(self) -> bool:
+        """Durable, and older ones dropped; or failed."""
         return self._done.is_set()
 
+    @property
+    def unseen_error(self) -> BaseException | None:
+        """What made it fail, while nobody was told."""
+        return None if self._was_raised else self._error
+
     def wait_staged(self) -> None:
+        """Raises `Refused` when the copy isn't of one instant."""
         self._staged.check()
 
     def wait_done(self) -> None:
@@ -41,22 +51,31 @@ class PendingSave:
 
     def wait(self, timeout_seconds: float | None = None) -> Snapshot:
         """Until it is durable. Raises what made it fail; `Busy` when that takes longer."""
-        if not self._done.wait(timeout_seconds):
+        if not self._durable.wait(timeout_seconds):
             raise Busy(f"the save of step {self.step} is not durable after {timeout_seconds:g} s; it goes on.")
         self.raise_error()
         assert self.snapshot is not None
         return self.snapshot
 
+    def wait_verified(self) -> Snapshot:
+        """Until it is durable, and then read it back. Raises `Corrupt`, and what `wait` raises."""
+        snapshot = self.wait()
+        self._verify(snapshot)
+        return snapshot
+
     def raise_error(self) -> None:
         if self._error is not None:
+            self._was_raised = True
             raise self._error
 
-    def run(self, persist: Callable[[], Snapshot]) -> None:
-        """In the thread that saves."""
+    def run(self, persist: Callable[[], Snapshot], then: Callable[[], None]) -> None:
+        """In the thread that saves. `then`: what is left to do when it is durable."""
         try:
-            self._staged.check()
             self.snapshot = persist()
+            self._durable.set()
+            then()
         except BaseException as exc:  # noqa: BLE001  raised where the training asks for it
             self._error = exc
         finally:
+            self._durable.set()
             self._done.set()

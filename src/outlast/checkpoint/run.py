@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import signal
 import threading
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from types import MappingProxyType, TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
+import msgspec
 import torch
 from torch.utils.data import DataLoader
 
+from outlast import Passphrase, secret_of
+from outlast.checkpoint import environment, schedule
 from outlast.checkpoint import keep as keeping
 from outlast.checkpoint import save as saving
-from outlast.checkpoint import schedule
 from outlast.checkpoint import state as live
 from outlast.checkpoint.data import Feed
-from outlast.checkpoint.home import Home
-from outlast.checkpoint.load import load
+from outlast.checkpoint.home import Candidate, Home
+from outlast.checkpoint.load import Loaded, load
 from outlast.checkpoint.pending import PendingSave
+from outlast.checkpoint.ranks import Ranks
+from outlast.checkpoint.save import Captured
 from outlast.checkpoint.signals import Signals
 from outlast.checkpoint.stage import Stage, Staged
 from outlast.checkpoint.state import State
 from outlast.clock import SYSTEM_CLOCK, Clock
-from outlast.errors import Corrupt, InvalidInput, Refused
-from outlast.events import NULL_SINK, Event, EventSink
+from outlast.errors import Corrupt, InvalidInput, NotFound, Refused
+from outlast.events import LOG_SINK, Event, EventSink
 from outlast.records import Snapshot
 
 TERMINATED = 143
@@ -33,8 +39,29 @@ _NEVER = math.inf
 _EASE = 0.05
 
 
+class _Life(msgspec.Struct):
+    """Of all lives of a run together, as the last checkpoint tells."""
+
+    run_seconds: float = 0.0
+    failures: int = 0
+    """lives that ended without saving first"""
+    ended_well: bool = False
+    """it was the last save of a life that ended because it was told to, or was done"""
+
+
+class _Tried(msgspec.Struct):
+    """What loading a checkpoint came to on one rank."""
+
+    step: int = 0
+    damage: str = ""
+
+
 class Run:
-    """One training run, whose checkpoints lie in the repository at `url` under its name."""
+    """One training run, whose checkpoints lie in the repository at `url` under its name.
+
+    Under `torch.distributed` every rank makes one, after `init_process_group`, and all call the same methods at the
+    same steps. They commit each checkpoint together, or not at all.
+    """
 
     def __init__(
         self,
@@ -46,32 +73,42 @@ class Run:
         keep: int = 3,
         keep_every: int = 0,
         best: str = "",
-        sink: EventSink = NULL_SINK,
+        overlap: bool = True,
+        passphrase: Passphrase | None = None,
+        sink: EventSink = LOG_SINK,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         """`save_every`: steps, or seconds as in "90s", or "auto". `best`: "loss:min", by the metrics given to `step`.
 
         Kept are the last `keep` checkpoints, each whose step is a multiple of `keep_every`, the best one, and the
-        newest whose metrics are all numbers.
+        newest whose metrics are all numbers. Without `overlap` everything is copied within the call that saves,
+        for a training that changes parameters elsewhere than in the step of an optimizer. With a `passphrase` the
+        repository is encrypted.
         """
         live.check(state)
         self.finished_steps = 0
+        self.skipped: list[str] = []
+        """checkpoints that `resume` left out, and why"""
         self.state: dict[str, Any] = {key: _resumable(item) for key, item in state.items()}
         self._feeds = {id(item): self.state[key] for key, item in state.items()}
         self._policy = _policy(save_every)
-        self._home = Home(url, name, keeping.Policy(keep, keep_every, best), clock, sink)
-        self._sink, self._clock = sink, clock
+        self._home = Home(url, name, keeping.Policy(keep, keep_every, best), secret_of(passphrase), clock, sink)
+        self._ranks = Ranks()
+        self._overlap, self._sink, self._clock = overlap, sink, clock
         self._stage = Stage()
         self._staged: Staged | None = None
         self._pending: PendingSave | None = None
-        self._signals = Signals()
+        self._signals = Signals(self._on_uncaught)
         self._stepped_at: dict[int, int] = {}
         self._is_inside_step = False
         self._last = self._began = self._saved_at = clock.monotonic_seconds()
         self._step_seconds = 0.0
         self._facts = schedule.Facts()
+        self._life = _Life()
         self._due_step, self._due_seconds = self._next_due()
+        self._meet_step = 1
         self._hooks = [hook for each in live.optimizers(self.state) for hook in self._hooked(each)]
+        atexit.register(self._tell_unseen)
 
     def _hooked(self, optimizer: torch.optim.Optimizer) -> Iterator[Any]:
         key = id(optimizer)
@@ -90,54 +127,92 @@ class Run:
 
     # -- resume ----------------------------------------------------------------------------------
 
-    def resume(self, *, crashes_max: int = 3) -> int:
+    def resume(self, *, crashes_max: int = 3, same_environment: bool = False) -> int:
         """Load the newest checkpoint that is whole; the step to go on from, 0 where there is none.
 
-        A damaged one is named as an event, and the one before it is taken; so is one that the run went on from
-        `crashes_max` times without ever saving a later one. From now on signals are answered.
+        A damaged one is named, and the one before it is taken; so is one that the run went on from `crashes_max`
+        times without ever saving a later one. What is not as it was when it was saved (versions, devices, flags,
+        number of ranks) is told, or refused with `same_environment`. From now on signals are answered.
 
         Raises `Corrupt` when there are checkpoints and none is whole: then the live state is a mixture, not to be
         trained with. Raises `Refused` when the state doesn't fit, or each of them was tried too often.
         """
         self._signals.answer()
         failure: Exception | None = None
-        for home, step, snapshot in self._home.candidates():
-            crashes = home.crashes(snapshot)
-            if crashes >= crashes_max:
-                what = f"the run went on from it {crashes} times and saved no later one"
-                failure = failure or Refused(f"checkpoint {snapshot.id[:8]} of step {step} is left out: {what}.")
-                self._skip(step, snapshot, what)
+        for each in self._ranks.main.from_first(self._home.candidates, list[Candidate]):
+            if each.crashes >= crashes_max:
+                what = f"the run went on from it {each.crashes} times and saved no later one"
+                failure = failure or Refused(f"checkpoint {each.snapshot[:8]} of step {each.step} is left out: {what}.")
+                self._skip(each, what)
                 continue
-            try:
-                loaded = load(home.repository, snapshot, self.state)
-            except Corrupt as exc:
-                failure = failure or exc
-                self._skip(step, snapshot, f"it is damaged: {exc.message}")
-                continue
-            home.note_resumed(snapshot)
-            self.finished_steps = loaded.step
-            self._saved_at = self._last = self._clock.monotonic_seconds()
-            self._due_step, self._due_seconds = self._next_due()
-            return loaded.step
+            tried = self._ranks.main.exchange(lambda each=each: self._try(each, same_environment), _Tried)  # type: ignore[misc]
+            damage = next((rank.damage for rank in tried if rank.damage), "")
+            if not damage:
+                tier, snapshot = self._home.find(each)
+                if self._ranks.is_first:
+                    tier.note_resumed(snapshot)
+                self._life.failures += each.crashes + (not self._life.ended_well)
+                self._facts = schedule.Facts(failures=self._life.failures, run_seconds=self._life.run_seconds)
+                return self._begin_at(tried[0].step)
+            failure = failure or Corrupt(damage)
+            self._home.tier(each).was_damaged = True
+            self._skip(each, f"it is damaged: {damage}")
         if failure is not None:
             raise failure
-        return 0
+        return self._begin_at(0)
+
+    def _try(self, candidate: Candidate, same_environment: bool) -> _Tried:
+        tier, snapshot = self._home.find(candidate)
+        try:
+            loaded = load(tier.repository, snapshot, self.state, self._ranks.rank, self._ranks.size)
+        except Corrupt as exc:
+            return _Tried(damage=exc.message)
+        self._compare(loaded, same_environment)
+        return _Tried(loaded.step)
+
+    def _compare(self, loaded: Loaded, same_environment: bool) -> None:
+        self._life = msgspec.convert(loaded.facts.get("life", {}), _Life)
+        saved: Any = loaded.facts.get("environment", {})
+        differing = environment.differences(saved, environment.fingerprint()) if saved else []
+        if differing and same_environment:
+            raise Refused(
+                f"checkpoint {loaded.snapshot.id[:8]} was saved where things were different:\n  "
+                + "\n  ".join(differing),
+                hint="Make them as they were, or resume without same_environment=True; then bits may differ.",
+            )
+        for note in [*loaded.notes, *differing] if self._ranks.is_first else []:
+            self._sink.event(Event("resume.different", f"resuming at step {loaded.step}: {note}"))
+
+    def _begin_at(self, step: int) -> int:
+        self.finished_steps = step
+        self._saved_at = self._last = self._clock.monotonic_seconds()
+        self._due_step, self._due_seconds = self._next_due()
+        self._meet_step = step + 1
+        return step
 
     def checkpoints(self) -> list[tuple[int, Snapshot]]:
         """(step, snapshot) of those on disk, in order of step."""
         return self._home.disk.checkpoints()
 
-    def load(self, snapshot: Snapshot) -> int:
-        """Load this checkpoint; its step. Raises `Corrupt`, `Refused`."""
-        loaded = load(self._home.disk.repository, snapshot, self.state)
-        self.finished_steps = loaded.step
-        self._saved_at = self._last = self._clock.monotonic_seconds()
-        self._due_step, self._due_seconds = self._next_due()
-        return loaded.step
+    def latest(self) -> Snapshot | None:
+        """The checkpoint of the highest step on disk."""
+        found = self.checkpoints()
+        return found[-1][1] if found else None
 
-    def _skip(self, step: int, snapshot: Snapshot, what: str) -> None:
-        told = f"checkpoint {snapshot.id[:8]} of step {step} is skipped: {what}"
-        self._sink.event(Event("checkpoint.skipped", told, {"snapshot": snapshot.id, "step": step}))
+    def load(self, snapshot: Snapshot | None = None) -> int:
+        """Load this checkpoint, or the latest; its step. Raises `NotFound`, `Corrupt`, `Refused`."""
+        snapshot = snapshot or self.latest()
+        if snapshot is None:
+            raise NotFound("the run has no checkpoint yet.")
+        loaded = load(self._home.disk.repository, snapshot, self.state, self._ranks.rank, self._ranks.size)
+        self._compare(loaded, same_environment=False)
+        return self._begin_at(loaded.step)
+
+    def _skip(self, candidate: Candidate, what: str) -> None:
+        told = f"checkpoint {candidate.snapshot[:8]} of step {candidate.step} is skipped: {what}"
+        self.skipped.append(told)
+        fields = {"snapshot": candidate.snapshot, "step": candidate.step}
+        self._sink.event(Event("checkpoint.skipped", told, fields))
 
     # -- the loop --------------------------------------------------------------------------------
 
@@ -165,28 +240,49 @@ class Run:
         self._is_inside_step = False
         now = self._clock.monotonic_seconds()
         took, self._last = now - self._last, now
-        if self._pending is None and self._signals.asked is None:
-            self._step_seconds += (took - self._step_seconds) * (_EASE if self._step_seconds else 1.0)
-            if self.finished_steps < self._due_step and now < self._due_seconds:
-                return
-        self._attend(now, took, metrics)
-
-    def _attend(self, now: float, took: float, metrics: Mapping[str, float]) -> None:
         pending = self._pending
-        if pending is not None:
-            pending.cost_seconds += max(0.0, took - self._step_seconds)
-            if pending.done:
-                self._end_pending()
-        asked = self._signals.take()
-        if asked is not None:
+        if pending is None:
+            self._step_seconds += (took - self._step_seconds) * (_EASE if self._step_seconds else 1.0)
+        elif took > self._step_seconds:
+            pending.cost_seconds += took - self._step_seconds
+        if self._ranks.size > 1:
+            if self.finished_steps >= self._meet_step:
+                self._meet(now, metrics)
+            return
+        is_due = self.finished_steps >= self._due_step or now >= self._due_seconds
+        if self._signals.asked or (pending.done if pending is not None else is_due):
+            self._attend(self._signals.take(), pending is not None and pending.done, is_due, metrics)
+
+    def _meet(self, now: float, metrics: Mapping[str, float]) -> None:
+        """All ranks tell each other, and come to the same decision."""
+        pending = self._pending
+        told = schedule.Told(
+            signal=self._signals.take(),
+            is_saving=pending is not None and not pending.done,
+            is_due=self.finished_steps >= self._due_step or now >= self._due_seconds,
+            steps_left=self._due_step - self.finished_steps,
+            step_seconds=self._step_seconds,
+        )
+        numbers = self._ranks.main.numbers([float(each) for each in msgspec.structs.astuple(told)])
+        decision = schedule.decide([schedule.Told(int(a), bool(b), bool(c), d, e) for a, b, c, d, e in numbers])
+        self._meet_step = self.finished_steps + decision.meet_in_steps
+        self._attend(decision.signal, decision.may_collect, decision.is_due, metrics)
+        if self._due_step > self.finished_steps:
+            self._meet_step = int(min(self._meet_step, self._due_step))
+
+    def _attend(self, asked: int, may_collect: bool, is_due: bool, metrics: Mapping[str, float]) -> None:
+        if may_collect:
+            self._end_pending()
+        if asked:
             self._answer(asked, metrics)
-        elif self._pending is None and (self.finished_steps >= self._due_step or now >= self._due_seconds):
+        elif is_due and self._pending is None:
             self.save(metrics)
 
-    def _answer(self, asked: signal.Signals, metrics: Mapping[str, float]) -> None:
+    def _answer(self, asked: int, metrics: Mapping[str, float]) -> None:
         if asked == signal.SIGUSR1:
             self.save(metrics, in_memory=True)
             return
+        self._life.ended_well = True
         self.save(metrics).wait()
         self.close()
         if asked == signal.SIGTERM:
@@ -199,25 +295,61 @@ class Run:
         """Begin to save the state as it is now. Waits for a save that is still under way, and raises if that failed.
 
         `in_memory`: into the memory of this machine, where a later process of this run finds it; a reboot ends it.
+        Where the ranks run on several machines, it goes to disk all the same.
         """
         self._end_pending(wait=True)
         began = self._clock.monotonic_seconds()
-        parts = live.capture(self.state, self._accumulating())
-        staged = self._stage.begin(saving.files_of(parts), overlap=True)
+        in_memory = in_memory and self._ranks.is_one_host
+        refused: Exception | None = None
+        staged, parts = Staged(), dict[str, live.Part]()
+        try:
+            parts = live.capture(self.state, self._accumulating())
+            staged = self._stage.begin(saving.files_of(parts), overlap=self._overlap)
+        except Exception as exc:
+            staged.finish(exc)
+            refused = exc
+            if self._ranks.size == 1:
+                raise
         self._staged = None if staged.done else staged
+        facts = self._facts_of(began)
         step = self.finished_steps
-        pending = self._pending = PendingSave(step, staged, began)
+        tier = self._home.memory if in_memory else self._home.disk
+        pending = PendingSave(step, staged, tier.verify)
+
+        def captured() -> Captured:
+            staged.check()
+            return Captured(step, parts, staged.contents, {**facts, **self._unchanging_facts})
 
         def persist() -> Snapshot:
-            snapshot = self._home.persist(step, parts, staged.contents, metrics, in_memory=in_memory)
+            snapshot = self._home.persist(captured, metrics, self._ranks, in_memory=in_memory)
             pending.write_seconds = self._clock.monotonic_seconds() - began
             return snapshot
 
-        threading.Thread(target=pending.run, args=(persist,), name="outlast-save").start()
+        def drop() -> None:
+            if self._ranks.is_first:
+                self._home.drop(in_memory=in_memory)
+
+        threading.Thread(target=pending.run, args=(persist, drop), name="outlast-save").start()
+        if refused is not None:
+            pending.wait_done()  # the other ranks are told
+            raise refused
+        self._pending = pending
         self._last = self._saved_at = self._clock.monotonic_seconds()
         pending.cost_seconds = self._last - began
         self._due_step, self._due_seconds = self._next_due()
         return pending
+
+    def _facts_of(self, now: float) -> dict[str, object]:
+        life = msgspec.structs.replace(self._life, run_seconds=self._life.run_seconds + now - self._began)
+        return {
+            "life": msgspec.to_builtins(life),
+            "environment": environment.fingerprint(),
+            "parallel": {"ranks": self._ranks.size, "mesh": live.mesh(self.state)},
+        }
+
+    @cached_property
+    def _unchanging_facts(self) -> dict[str, object]:
+        return {"origin": environment.origin()}
 
     def _next_due(self) -> tuple[float, float]:
         """(step, moment): whichever of the two counts; the other is never."""
@@ -244,10 +376,8 @@ class Run:
             pending.wait_done()
         self._pending = None
         pending.raise_error()
-        run_seconds = self._home.run_seconds_before + self._clock.monotonic_seconds() - self._began
-        self._facts = schedule.Facts(
-            pending.cost_seconds, pending.write_seconds, self._home.failures_before, run_seconds
-        )
+        run_seconds = self._life.run_seconds + self._clock.monotonic_seconds() - self._began
+        self._facts = schedule.Facts(pending.cost_seconds, pending.write_seconds, self._life.failures, run_seconds)
         self._due_step, self._due_seconds = self._next_due()
 
     def close(self) -> None:
@@ -256,9 +386,24 @@ class Run:
             self._end_pending(wait=True)
         finally:
             self._signals.stop()
+            atexit.unregister(self._tell_unseen)
             for hook in self._hooks:
                 hook.remove()
             self._hooks.clear()
+
+    def _tell_unseen(self) -> None:
+        """At the end of a process that never closed its run."""
+        error = self._pending.unseen_error if self._pending is not None else None
+        if error is not None:
+            self._sink.event(Event("save.failed", f"the last save failed, and nobody was told: {error}"))
+
+    def _on_uncaught(self, error: BaseException) -> None:
+        """Save where the state is whole: between two steps, not inside one. Other ranks may be elsewhere: not then."""
+        if isinstance(error, Exception) and not self._is_inside_step and self.finished_steps and self._ranks.size == 1:
+            try:
+                self.save().wait()
+            except Exception as exc:  # noqa: BLE001  the first error is the one to tell of
+                self._sink.event(Event("save.failed", f"the last save failed: {exc}"))
 
     def __enter__(self) -> Self:
         return self
@@ -266,12 +411,9 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """After an exception the state is saved only where it is whole: between two steps, not inside one."""
-        if isinstance(error, Exception) and not self._is_inside_step and self.finished_steps:
-            try:
-                self.save().wait()
-            except Exception as exc:  # noqa: BLE001  the first error is the one to tell of
-                self._sink.event(Event("save.failed", f"the last save failed: {exc}"))
+        """After an exception the state is saved only where it is whole."""
+        if error is not None:
+            self._on_uncaught(error)
         self.close()
 
 
@@ -280,7 +422,7 @@ def _resumable(item: Any) -> Any:
     return Feed(item) if isinstance(item, DataLoader) and not own else item
 
 
-def _policy(every: int | str | Literal["auto"]) -> schedule.Policy:
+def _policy(every: int | str) -> schedule.Policy:
     if every == "auto":
         return schedule.Policy()
     if isinstance(every, int) and every > 0:

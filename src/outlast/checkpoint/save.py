@@ -1,22 +1,29 @@
-"""Make a staged state durable: cut, hash, store what is new, commit once; then read back and compare."""
+"""Make a staged state durable: cut, hash, store what is new, commit once for all ranks.
+
+With several ranks each has its files in a folder of the snapshot. What is equal on several of them, as everything
+that is replicated, is stored by one: all hash what they have, tell each other, and each stores its share.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import msgspec
 
 from outlast import __version__, records
 from outlast.checkpoint.leaves import Leaf, TensorFile
+from outlast.checkpoint.ranks import Ranks, shares
 from outlast.checkpoint.stage import Place
 from outlast.checkpoint.state import Part
+from outlast.errors import Refused
 from outlast.records import ChunkRef, Entry, Snapshot
 from outlast.repo.repository import Repository
-from outlast.repo.write import Prepared, Writer
+from outlast.repo.write import Contribution, Prepared, Writer
 
 STATE_FILE = "state.json"
 STATE_VERSION = 1
@@ -33,6 +40,40 @@ class Description(msgspec.Struct):
     facts: dict[str, object] = {}
 
 
+class Captured(NamedTuple):
+    """What is to be saved of one rank."""
+
+    step: int
+    parts: Mapping[str, Part]
+    contents: Mapping[Place, memoryview]
+    facts: Mapping[str, object]
+
+
+class _Piece(NamedTuple):
+    data: bytes | memoryview
+    item_bytes: int
+    id: bytes = b""
+    """of the chunk, where it was worked out to be told to other ranks"""
+
+
+class _Held(msgspec.Struct):
+    """What one rank has to store."""
+
+    step: int
+    chunks: list[ChunkRef]
+
+
+class _Stored(msgspec.Struct):
+    """What one rank did of the work."""
+
+    entries: list[Entry]
+    contribution: Contribution
+
+
+def folder_of(rank: int, ranks: int) -> str:
+    return f"rank-{rank:05d}/" if ranks > 1 else ""
+
+
 def files_of(parts: Mapping[str, Part]) -> dict[str, list[Leaf]]:
     """The tensor files of a checkpoint, by name."""
     found = {}
@@ -46,74 +87,129 @@ def files_of(parts: Mapping[str, Part]) -> dict[str, list[Leaf]]:
 def persist(
     repository: Repository,
     name: str,
-    step: int,
-    parts: Mapping[str, Part],
-    contents: Mapping[Place, memoryview],
+    captured: Callable[[], Captured],
     tags: Mapping[str, str],
+    ranks: Ranks,
+    *,
+    trusting: bool = True,
 ) -> Snapshot:
-    """Store and commit one checkpoint. Raises `StoreFull`, `Unavailable`; what was committed before is whole."""
+    """Store and commit one checkpoint; every rank calls it and gets the same snapshot.
+
+    Unless `trusting`, packs that it would rely on are read first.
+    Raises `StoreFull`, `Unavailable`, `Busy`, on all ranks; what was committed before is whole.
+    """
     now_ns = repository.clock.now_ns()
-    writer = repository.writer()
+    writer = repository.writer(trusting=trusting)
+    files: dict[str, list[_Piece]] = {}
     try:
         with ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), thread_name_prefix="save") as pool:
-            entries = list(_entries(repository, writer, pool, step, parts, contents, now_ns))
-        for entry in sorted(entries, key=lambda entry: records.path_order(entry.raw_path)):
-            writer.add_entry(entry)
-        snapshot = Snapshot(
-            id="",
-            kind="checkpoint",
-            name=name,
-            time=records.time_text(now_ns),
-            tags={"step": str(step), **tags},
-            host=socket.gethostname(),
-            files=len(entries) - 1,
-            bytes=sum(entry.size for entry in entries),
-            program=f"outlast {__version__}",
-        )
-        return writer.commit(snapshot)
+
+            def hold() -> _Held:
+                found = captured()
+                files.update(_pieces(repository, found))
+                if ranks.size > 1:
+                    for file, pieces in files.items():
+                        ids = pool.map(writer.identify, [piece.data for piece in pieces])
+                        files[file] = [piece._replace(id=each) for piece, each in zip(pieces, ids, strict=True)]
+                every = (piece for pieces in files.values() for piece in pieces if piece.id)
+                return _Held(found.step, [(piece.id.hex(), len(piece.data)) for piece in every])
+
+            held = ranks.save.exchange(hold, _Held)
+            mine = shares([each.chunks for each in held])[ranks.rank]
+            stored = ranks.save.exchange(lambda: _store(writer, pool, files, mine, ranks, now_ns), _Stored)
+
+        def commit() -> Snapshot:
+            if len({each.step for each in held}) > 1:
+                raise Refused(f"the ranks are at different steps: {[each.step for each in held]}; nothing was saved.")
+            entries = _with_folders([entry for each in stored for entry in each.entries], now_ns)
+            for each in stored[1:]:
+                writer.take(each.contribution)
+            for entry in entries:
+                writer.add_entry(entry)
+            return writer.commit(
+                Snapshot(
+                    id="",
+                    kind="checkpoint",
+                    name=name,
+                    time=records.time_text(now_ns),
+                    tags={"step": str(held[0].step), **tags},
+                    host=socket.gethostname(),
+                    files=sum(entry.type == "file" for entry in entries),
+                    bytes=sum(entry.size for entry in entries),
+                    program=f"outlast {__version__}",
+                )
+            )
+
+        snapshot = ranks.save.from_first(commit, Snapshot)
     except BaseException:
         writer.abandon()
         raise
+    if not ranks.is_first:
+        writer.settle()
+    return snapshot
 
 
-def _entries(
-    repository: Repository,
-    writer: Writer,
-    pool: ThreadPoolExecutor,
-    step: int,
-    parts: Mapping[str, Part],
-    contents: Mapping[Place, memoryview],
-    now_ns: int,
-) -> Iterator[Entry]:
-    yield Entry(path=".", type="dir", mode=0o755, mtime_ns=now_ns)
-    described = Description(STATE_VERSION, step, {key: (part.kind, part.tree) for key, part in parts.items()})
-    pieces: Iterator[tuple[bytes | memoryview, int, bool]] = iter([(msgspec.json.encode(described), 0, True)])
-    sizes = {STATE_FILE: pieces}
-    for file, leaves in files_of(parts).items():
-        tensors = TensorFile(leaves, {"format": "pt"})
-        mine = {leaf.name: contents[file, leaf.name] for leaf in leaves}
-        sizes[file] = tensors.chunks(mine, repository.format.chunking)
-    for file, pieces in sizes.items():
-        chunks = list(_store(repository, writer, pool, pieces))
-        size = sum(length for _, length in chunks)
-        yield Entry(path=file, type="file", mode=0o644, mtime_ns=now_ns, size=size, chunks=chunks)
+def _pieces(repository: Repository, captured: Captured) -> dict[str, list[_Piece]]:
+    """The content of each file, cut."""
+    parts = {key: (part.kind, part.tree) for key, part in captured.parts.items()}
+    described = msgspec.json.encode(Description(STATE_VERSION, captured.step, parts, dict(captured.facts)))
+    cut = repository.cutter()
+
+    def cut_up(data: bytes | memoryview, item_bytes: int) -> Iterator[_Piece]:
+        start = 0
+        for length in cut(data, True):
+            yield _Piece(data[start : start + length], item_bytes)
+            start += length
+
+    found = {STATE_FILE: list(cut_up(memoryview(described), 0))}
+    for file, leaves in files_of(captured.parts).items():
+        contents = {leaf.name: captured.contents[file, leaf.name] for leaf in leaves}
+        found[file] = []
+        for data, item_bytes, is_cut in TensorFile(leaves, {"format": "pt"}).chunks(
+            contents, repository.format.chunking
+        ):
+            found[file] += cut_up(data, item_bytes) if is_cut else [_Piece(data, item_bytes)]
+    return found
 
 
 def _store(
-    repository: Repository,
     writer: Writer,
     pool: ThreadPoolExecutor,
-    pieces: Iterator[tuple[bytes | memoryview, int, bool]],
-) -> Iterator[ChunkRef]:
-    cut = repository.cutter()
-    waiting: deque[Future[Prepared]] = deque()
-    for data, item_bytes, is_cut in pieces:
-        start = 0
-        for length in cut(data, True) if is_cut else [len(data)]:
-            part = data[start : start + length]
-            waiting.append(pool.submit(writer.prepare, part, item_bytes, lasting=True))
-            start += length
-            if len(waiting) > _PIECES_IN_FLIGHT:
-                yield writer.add(waiting.popleft().result())
+    files: Mapping[str, list[_Piece]],
+    mine: set[str],
+    ranks: Ranks,
+    now_ns: int,
+) -> _Stored:
+    entries = []
+    for file, pieces in files.items():
+        chunks = list(_add(writer, pool, pieces, mine))
+        path = folder_of(ranks.rank, ranks.size) + file
+        size = sum(length for _, length in chunks)
+        entries.append(Entry(path=path, type="file", mode=0o644, mtime_ns=now_ns, size=size, chunks=chunks))
+    of_first = Contribution([], [], 0, 0)  # its commit makes it durable
+    return _Stored(entries, of_first if ranks.is_first else writer.contribute())
+
+
+def _add(writer: Writer, pool: ThreadPoolExecutor, pieces: list[_Piece], mine: set[str]) -> Iterator[ChunkRef]:
+    """Hash and encode in the pool, a few pieces ahead of what is added. What is another's to store is named alone."""
+    waiting: deque[Future[Prepared] | ChunkRef] = deque()
+
+    def first() -> ChunkRef:
+        each = waiting.popleft()
+        return writer.add(each.result()) if isinstance(each, Future) else each
+
+    for data, item_bytes, chunk in pieces:
+        if not chunk or chunk.hex() in mine:
+            waiting.append(pool.submit(writer.prepare, data, item_bytes, lasting=True, chunk=chunk))
+        else:
+            waiting.append((chunk.hex(), len(data)))
+        if len(waiting) > _PIECES_IN_FLIGHT:
+            yield first()
     while waiting:
-        yield writer.add(waiting.popleft().result())
+        yield first()
+
+
+def _with_folders(files: list[Entry], now_ns: int) -> list[Entry]:
+    folders = {".", *(entry.path.rpartition("/")[0] or "." for entry in files)}
+    made = [Entry(path=path, type="dir", mode=0o755, mtime_ns=now_ns) for path in folders]
+    return sorted([*made, *files], key=lambda entry: records.path_order(entry.raw_path))

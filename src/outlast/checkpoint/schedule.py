@@ -11,6 +11,7 @@ the time.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import msgspec
 
@@ -18,6 +19,8 @@ PRIOR_FAILURE_SECONDS = 24 * 3600.0
 """the mean time between failures that is assumed of a run that was never seen to fail; weighs as one failure"""
 FIRST_SECONDS = 60.0
 """The first save shows what a save costs, so it comes early."""
+SIGNALS = (15, 2, 10)
+"""SIGTERM, SIGINT, SIGUSR1: of several the first is followed"""
 
 
 class Policy(msgspec.Struct, frozen=True):
@@ -66,3 +69,43 @@ def interval(facts: Facts, policy: Policy) -> Interval:
     if write > best:
         return Interval(0, write, f"a save takes {write:.3g} s to become durable")
     return Interval(0, best, reason)
+
+
+class Told(msgspec.Struct, frozen=True):
+    """What one of several ranks says when they meet."""
+
+    signal: int = 0
+    """asked of it, or 0"""
+    is_saving: bool = False
+    is_due: bool = False
+    """by its own clock and count"""
+    steps_left: float = math.inf
+    """until it is due, as far as it knows"""
+    step_seconds: float = 0.0
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """The same on all ranks, for it depends on what all were told and on nothing else."""
+
+    signal: int
+    may_collect: bool
+    """The save under way is over on every rank."""
+    is_due: bool
+    meet_in_steps: int
+
+
+MEET_SECONDS = 1.0
+"""How long a signal waits at most, where steps are shorter."""
+
+
+def decide(told: Sequence[Told]) -> Decision:
+    """What all ranks do after this step, and in how many steps they meet again. Rank 0 says when a save is due."""
+    first = told[0]
+    asked = [each.signal for each in told if each.signal]
+    meet = MEET_SECONDS / first.step_seconds if first.step_seconds else 1.0
+    return Decision(
+        signal=min(asked, key=SIGNALS.index, default=0),
+        may_collect=not any(each.is_saving for each in told),
+        is_due=first.is_due,
+        meet_in_steps=int(max(1.0, min(meet, first.steps_left))),
+    )

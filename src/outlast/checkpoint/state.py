@@ -12,14 +12,15 @@ from __future__ import annotations
 import random  # noqa: TID251  its state is captured and given back; nothing is drawn
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
 
-from outlast.checkpoint.leaves import Leaf, Leaves, rebuild
-from outlast.checkpoint.tree import Node, Path, TakeTensor, decode, encode
+from outlast.checkpoint.leaves import Leaf, Leaves, Region, local, rebuild, region_of
+from outlast.checkpoint.tree import Node, Path, TakeTensor, decode, encode, shown
 from outlast.errors import Corrupt, InvalidInput, Refused
 
 RNG = "rng"
@@ -29,6 +30,8 @@ _WRAPPED = re.compile(r"(^|\.)_orig_mod(?=\.|$)")
 
 State = Mapping[str, Any]
 Give = Callable[[Node], torch.Tensor]
+ShapeOf = Callable[[str, Node], tuple[int, ...] | None]
+"""of a key and the node of a tensor: its shape, that of all ranks together where it is sharded"""
 
 
 class Part(msgspec.Struct):
@@ -108,7 +111,7 @@ def capture(state: State, accumulating: set[int]) -> dict[str, Part]:
             parts[key] = Part(kind, encode(_named(item, names), (key,), _named_by_path(leaves)), leaves.found)
         else:
             value = _generator(item) if kind == "generator" else item.state_dict() if kind == "stateful" else item
-            parts[key] = Part(kind, encode(value, (key,), _named_by_path(leaves)), leaves.found)
+            parts[key] = Part(kind, encode(value, (key,), _whole(_named_by_path(leaves))), leaves.found)
     leaves = Leaves(set())
     parts[RNG] = Part(RNG, encode(random_state(), (RNG,), _named_by_path(leaves)), leaves.found)
     return parts
@@ -120,11 +123,11 @@ def _steady(state: State) -> set[int]:
     for optimizer in optimizers(state):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                found.add(parameter.untyped_storage().data_ptr())
+                found.add(local(parameter).untyped_storage().data_ptr())
         for values in optimizer.state.values():
             for value in values.values() if isinstance(values, dict) else ():
                 if isinstance(value, torch.Tensor):
-                    found.add(value.untyped_storage().data_ptr())
+                    found.add(local(value).untyped_storage().data_ptr())
     return found - {0}
 
 
@@ -135,6 +138,20 @@ def _named_by_path(leaves: Leaves) -> TakeTensor:
         return leaves.take(".".join(map(str, path[1:] or path)), tensor)
 
     return take
+
+
+def _whole(take: TakeTensor) -> TakeTensor:
+    """Refuses what is sharded: only of parameters, and what optimizers keep for them, is it known how to shard them."""
+
+    def taken(path: Path, tensor: torch.Tensor) -> Node:
+        if hasattr(tensor, "to_local"):
+            raise Refused(
+                f"{shown(path)} is a sharded tensor outside of modules and optimizers; nothing was saved.",
+                hint="Put the module that it belongs to into the state, such as the averaged copy itself for an EMA.",
+            )
+        return take(path, tensor)
+
+    return taken
 
 
 def _module(module: torch.nn.Module, key: str, leaves: Leaves, more: Leaves, accumulating: set[int]) -> Part:
@@ -216,14 +233,72 @@ def destinations(state: State, parts: Mapping[str, Part]) -> dict[str, dict[str,
         mine = found.setdefault(key, {})
         for name, live in unwrap(item).state_dict(keep_vars=True).items():
             node = part.tree["state"].get(plain_name(name))
-            if isinstance(live, torch.Tensor) and isinstance(node, dict) and set(node) == {"$", "name"}:
-                plain = type(live) in (torch.Tensor, torch.nn.Parameter)
-                if plain and live.device.type == "cpu" and live.is_contiguous():
-                    mine.setdefault(node["name"], live.detach())
+            if isinstance(live, torch.Tensor) and isinstance(node, dict) and set(node) - {"global"} == {"$", "name"}:
+                memory = local(live.detach())
+                plain = type(memory) in (torch.Tensor, torch.nn.Parameter)
+                if plain and memory.device.type == "cpu" and memory.is_contiguous():
+                    mine.setdefault(node["name"], memory)
     return found
 
 
-def mismatches(state: State, parts: Mapping[str, Part], tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> list[str]:
+def regions(state: State, parts: Mapping[str, Part], shape_of: ShapeOf) -> dict[str, dict[str, Region]]:
+    """key -> name of a leaf -> what this rank is to hold of it, for all that has the shape of a parameter or buffer."""
+    found: dict[str, dict[str, Region]] = {}
+    names = parameter_names(state)
+    for key, item in state.items():
+        tree, mine = parts[key].tree, found.setdefault(key, {})
+        if parts[key].kind == "module" and isinstance(item, torch.nn.Module):
+            live = _tensors_of(item)
+            pairs = [
+                (node, live[name])
+                for section in ("state", "buffers", "grads")
+                for name, node in tree[section].items()
+                if name in live
+            ]
+        elif parts[key].kind == "optimizer" and isinstance(item, torch.optim.Optimizer):
+            owners = _owners(item, names)
+            pairs = [(node, owners[name]) for name in owners for node in tree["state"].get(name, {}).values()]
+        else:
+            pairs = []
+        for node, owner in pairs:
+            if is_tensor(node) and shape_of(key, node) == tuple(owner.shape):
+                mine[node["name"]] = region_of(node["name"], owner) or Region((0,) * owner.dim(), tuple(owner.shape))
+    return found
+
+
+def is_tensor(node: Node) -> bool:
+    return isinstance(node, dict) and node.get("$") == "tensor"
+
+
+def mesh(state: State) -> dict[str, int]:
+    """Name -> size of the dimensions of the device mesh that parameters are sharded over; empty without any."""
+    for item in state.values():
+        if isinstance(item, torch.nn.Module):
+            for parameter in unwrap(item).parameters():
+                found = getattr(parameter, "device_mesh", None)
+                if found is not None:
+                    names = found.mesh_dim_names or [f"dim{at}" for at in range(found.ndim)]
+                    return dict(zip(names, found.shape, strict=True))
+    return {}
+
+
+def _tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Plain name -> parameter or buffer, those that are not persistent included."""
+    module = unwrap(module)
+    found = {plain_name(name): value for name, value in module.named_buffers()}
+    found |= {plain_name(name): value for name, value in module.state_dict(keep_vars=True).items()
+              if isinstance(value, torch.Tensor)}  # fmt: skip
+    return found
+
+
+def _owners(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, torch.Tensor]:
+    """Name -> parameter, of those that an optimizer changes."""
+    by_number = _numbered(optimizer, names)
+    parameters = dict.fromkeys(each for group in optimizer.param_groups for each in group["params"])
+    return {by_number[number]: parameter for number, parameter in enumerate(parameters)}
+
+
+def mismatches(state: State, parts: Mapping[str, Part], shape_of: ShapeOf) -> list[str]:
     """What keeps saved parts from being given back, a line each: kinds, and names and shapes of tensors."""
     found = []
     names = parameter_names(state)
@@ -236,8 +311,7 @@ def mismatches(state: State, parts: Mapping[str, Part], tensors: Mapping[str, Ma
             found += _missing(key, mine, part.tree["state"])
             for name in sorted(mine.keys() & part.tree["state"].keys()):
                 node, value = part.tree["state"][name], mine[name]
-                saved = tensors[key].get(node["name"]) if isinstance(node, dict) and node.get("$") == "tensor" else None
-                shape = None if saved is None else tuple(saved.shape[:-1] if node.get("complex") else saved.shape)
+                shape = shape_of(key, node) if is_tensor(node) else None
                 if isinstance(value, torch.Tensor) and shape is not None and shape != tuple(value.shape):
                     found.append(f"{key}: reshaped {name}: was {list(shape)}, is {list(value.shape)}")
         elif part.kind == "optimizer":
@@ -253,7 +327,12 @@ def _missing(key: str, mine: Mapping[str, object], saved: Mapping[str, object]) 
     ]
 
 
-def give_back(state: State, parts: Mapping[str, Part], tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+def give_back(
+    state: State,
+    parts: Mapping[str, Part],
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    regions: Mapping[str, Mapping[str, Region]],
+) -> None:
     """Load every part into its live object, in an order that depends on nothing: random numbers come last."""
     names = parameter_names(state)
     for key, item in sorted(state.items(), key=lambda each: _ORDER.index(kind_of(each[1]))):
@@ -264,9 +343,9 @@ def give_back(state: State, parts: Mapping[str, Part], tensors: Mapping[str, Map
 
         match part.kind:
             case "module":
-                _give_to_module(unwrap(item), part.tree, give)
+                _give_to_module(unwrap(item), part.tree, give, regions.get(key, {}))
             case "optimizer":
-                _give_to_optimizer(item, decode(part.tree, give), names)
+                _give_to_optimizer(item, _of_owners(part.tree, give, _owners(item, names), regions.get(key, {})), names)
             case "generator":
                 _give_to_generator(item, decode(part.tree, give))
             case "stateful":
@@ -280,10 +359,14 @@ def give_back(state: State, parts: Mapping[str, Part], tensors: Mapping[str, Map
 _ORDER = ["module", "optimizer", "stateful", "value", "generator"]
 
 
-def _give_to_module(module: torch.nn.Module, tree: Node, give: Give) -> None:
-    live = {plain_name(name): name for name in module.state_dict(keep_vars=True)}
-    # Through its own method, for hooks and extra state. Where memory was filled in place already, it copies nothing.
-    module.load_state_dict({live[name]: decode(node, give) for name, node in tree["state"].items()})
+def _give_to_module(module: torch.nn.Module, tree: Node, give: Give, regions: Mapping[str, Region]) -> None:
+    live = {plain_name(name): (name, value) for name, value in module.state_dict(keep_vars=True).items()}
+
+    def decoded(plain: str, node: Node) -> Any:
+        return _like(live[plain][1], give, regions, node) if is_tensor(node) else decode(node, give)
+
+    # Through its own method, for hooks and extra state. What was filled in place already is copied onto itself.
+    module.load_state_dict({live[plain][0]: decoded(plain, node) for plain, node in tree["state"].items()})
     with torch.no_grad():
         for name, buffer in module.named_buffers():
             if plain_name(name) in tree["buffers"]:
@@ -295,7 +378,31 @@ def _give_to_module(module: torch.nn.Module, tree: Node, give: Give) -> None:
             else:
                 parameter.grad = torch.zeros_like(parameter)
                 if node is not None:
-                    parameter.grad.copy_(give(node))
+                    parameter.grad.copy_(_like(parameter, give, regions, node))
+
+
+def _of_owners(
+    tree: Node, give: Give, owners: Mapping[str, torch.Tensor], regions: Mapping[str, Region]
+) -> dict[str, Any]:
+    """The state of an optimizer, in which what has the shape of a sharded parameter is sharded like it."""
+    found: dict[str, Any] = decode({name: node for name, node in tree.items() if name != "state"}, give)
+    found["state"] = {
+        name: decode(values, partial(_like, owners.get(name), give, regions)) for name, values in tree["state"].items()
+    }
+    return found
+
+
+def _like(owner: torch.Tensor | None, give: Give, regions: Mapping[str, Region], node: Node) -> torch.Tensor:
+    """What was stored, sharded as its owner is."""
+    stored = give(node)
+    if owner is None or node["name"] not in regions or not hasattr(owner, "to_local"):
+        return stored
+    of: Any = owner
+    made: torch.Tensor = type(of).from_local(
+        stored.to(local(owner).device), of.device_mesh, of.placements, run_check=False,
+        shape=owner.shape, stride=owner.stride(),
+    )  # fmt: skip
+    return made
 
 
 def _give_to_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: dict[int, str]) -> None:
@@ -364,6 +471,14 @@ def _fits(live: Any, saved: Any) -> bool:
     if isinstance(live, torch.Tensor):
         return isinstance(saved, torch.Tensor) and live.shape == saved.shape and live.dtype == saved.dtype
     return type(live) is type(saved)
+
+
+def reseed(rank: int) -> None:
+    """For a rank that none was before: generators that give other numbers than those of the rank they were taken of."""
+    for seed in (random, np.random, torch):
+        drawn = int(torch.empty((), dtype=torch.int64).random_().item())
+        seeded = (drawn ^ (rank * 0x9E3779B97F4A7C15)) & 0xFFFFFFFF
+        seed.manual_seed(seeded) if seed is torch else seed.seed(seeded)
 
 
 def give_random_state(saved: dict[str, Any]) -> None:

@@ -81,11 +81,16 @@ class Writer:
         self.bytes_added = 0
         self.bytes_stored = 0
 
-    def prepare(self, plain: bytes | memoryview, item_bytes: int = 0, *, lasting: bool = False) -> Prepared:
+    def identify(self, plain: bytes | memoryview) -> bytes:
+        """The id of a chunk."""
+        return seal.chunk_id(plain, self._repository.keys)
+
+    def prepare(
+        self, plain: bytes | memoryview, item_bytes: int = 0, *, lasting: bool = False, chunk: bytes = b""
+    ) -> Prepared:
         """Hash, look up, encode. A memoryview may be reused afterwards, for what is kept of it is copied;
-        unless it is `lasting`: then its bytes stay as they are until the session is over."""
-        repository = self._repository
-        chunk = seal.chunk_id(plain, repository.keys)
+        unless it is `lasting`: then its bytes stay as they are until the session is over. `chunk`: its id, if known."""
+        chunk = chunk or self.identify(plain)
         if self._has(chunk):
             return Prepared(chunk, len(plain))
         number, encoded = self._encoder().encode(plain, item_bytes)
@@ -250,7 +255,6 @@ class Writer:
         """Make everything durable, for another process to commit. `settle` or `abandon` ends the session."""
         self._close_pack()
         self._collect(wait=True)
-        self._pool.shutdown()
         return Contribution(list(self._durable), sorted(self.relied_on), self.bytes_added, self.bytes_stored)
 
     def take(self, contribution: Contribution) -> None:
@@ -262,6 +266,7 @@ class Writer:
 
     def settle(self) -> None:
         """The other process has committed what was contributed; the session is over."""
+        self._pool.shutdown()
         self._repository.own_packs.difference_update(ref.name for ref in self._durable)
         self._durable.clear()
         self._speed_up_next_open()
