@@ -260,15 +260,15 @@ class Run:
             signal=self._signals.take(),
             is_saving=pending is not None and not pending.done,
             is_due=self.finished_steps >= self._due_step or now >= self._due_seconds,
-            steps_left=self._due_step - self.finished_steps,
+            steps_left=min(
+                self._due_step - self.finished_steps, (self._due_seconds - now) / (self._step_seconds or 1.0)
+            ),
             step_seconds=self._step_seconds,
         )
         numbers = self._ranks.main.numbers([float(each) for each in msgspec.structs.astuple(told)])
         decision = schedule.decide([schedule.Told(int(a), bool(b), bool(c), d, e) for a, b, c, d, e in numbers])
         self._meet_step = self.finished_steps + decision.meet_in_steps
         self._attend(decision.signal, decision.may_collect, decision.is_due, metrics)
-        if self._due_step > self.finished_steps:
-            self._meet_step = int(min(self._meet_step, self._due_step))
 
     def _attend(self, asked: int, may_collect: bool, is_due: bool, metrics: Mapping[str, float]) -> None:
         if may_collect:

@@ -146,6 +146,7 @@ def persist(
         raise
     if not ranks.is_first:
         writer.settle()
+        repository.refresh()
     return snapshot
 
 
