@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,9 +64,9 @@ def test_without_the_wait_the_torn_copy_is_noticed(tmp_path: Path, monkeypatch: 
     state["optimizer"].step()
     run.step()
     has_stepped = threading.Event()
-    copied = stage._copy_later
-    monkeypatch.setattr(stage, "_copy_later", lambda *given: has_stepped.wait() and copied(*given))
-    monkeypatch.setattr(Staged, "wait", lambda self: None)
+    copies_later = Staged.copy_later
+    monkeypatch.setattr(Staged, "copy_later", lambda *given: has_stepped.wait() and copies_later(*given))
+    monkeypatch.setattr(Staged, "hold", lambda self: None)
     pending = run.save()
     state["optimizer"].step()
     has_stepped.set()
@@ -74,3 +75,58 @@ def test_without_the_wait_the_torn_copy_is_noticed(tmp_path: Path, monkeypatch: 
     assert run.checkpoints() == []
     with pytest.raises(Refused):
         run.close()
+
+
+class Device:
+    """Stands in for a GPU: it copies as late as it is allowed to, when the host, or work given to it later, waits."""
+
+    def __init__(self, owned: list[torch.Tensor], may_copy: threading.Event) -> None:
+        self._owned = {each.data_ptr() for each in owned}
+        self._may_copy = may_copy
+        self._lock = threading.Lock()
+
+    def owns(self, tensor: torch.Tensor) -> bool:
+        return tensor.data_ptr() in self._owned
+
+    def reserve(self, count_bytes: int) -> Any:
+        return np.empty(count_bytes, np.uint8)
+
+    def copy(self, pairs: Any) -> list[Any]:
+        return list(pairs)
+
+    def hold(self, mark: list[Any]) -> None:
+        with self._lock, torch.no_grad():
+            while mark:
+                tensor, target = mark.pop()
+                target.copy_(tensor)
+
+    def wait(self, mark: list[Any]) -> None:
+        self._may_copy.wait()
+        self.hold(mark)
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_what_a_device_copies_is_of_the_same_instant(
+    is_held: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = made()
+    state["optimizer"].step()
+    kept = [values["kept"] for values in state["optimizer"].state.values()]
+    has_stepped = threading.Event()
+    run = Run(str(tmp_path / "runs"), name="x", state=state, save_every=10**9)
+    run._stage = stage.Stage(Device([*state["model"].parameters(), *kept], has_stepped))
+    run.step()
+    if not is_held:
+        monkeypatch.setattr(Staged, "hold", lambda self: None)
+    pending = run.save()
+    state["optimizer"].step()
+    has_stepped.set()
+    if is_held:
+        pending.wait()
+        run.close()
+        found = made()
+        Run(str(tmp_path / "runs"), name="x", state=found).load()
+        assert numbers(found) == {1.0}
+    else:
+        with pytest.raises(Refused, match="changed outside of its optimizer"):
+            pending.wait()

@@ -160,7 +160,8 @@ def rebuild(node: Node, stored: torch.Tensor) -> torch.Tensor:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The elements of a contiguous CPU tensor as they lie in memory; writing to them writes to it."""
-    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    # Of one element the stride may be anything, and it is contiguous all the same.
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
     return flat.numpy().data.cast("B") if flat.numel() else memoryview(b"")
 
 

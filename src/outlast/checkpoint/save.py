@@ -16,6 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from outlast import __version__, records
+from outlast.checkpoint.description import STATE_FILE, STATE_VERSION, Description, folder_of
 from outlast.checkpoint.leaves import Leaf, TensorFile
 from outlast.checkpoint.ranks import Ranks, shares
 from outlast.checkpoint.stage import Place
@@ -25,19 +26,7 @@ from outlast.records import ChunkRef, Entry, Snapshot
 from outlast.repo.repository import Repository
 from outlast.repo.write import Contribution, Prepared, Writer
 
-STATE_FILE = "state.json"
-STATE_VERSION = 1
 _PIECES_IN_FLIGHT = 8
-
-
-class Description(msgspec.Struct):
-    """The content of `state.json`."""
-
-    version: int
-    step: int
-    parts: dict[str, tuple[str, object]]
-    """key -> (kind, tree)"""
-    facts: dict[str, object] = {}
 
 
 class Captured(NamedTuple):
@@ -68,10 +57,6 @@ class _Stored(msgspec.Struct):
 
     entries: list[Entry]
     contribution: Contribution
-
-
-def folder_of(rank: int, ranks: int) -> str:
-    return f"rank-{rank:05d}/" if ranks > 1 else ""
 
 
 def files_of(parts: Mapping[str, Part]) -> dict[str, list[Leaf]]:
@@ -124,6 +109,8 @@ def persist(
             entries = _with_folders([entry for each in stored for entry in each.entries], now_ns)
             for each in stored[1:]:
                 writer.take(each.contribution)
+            if ranks.size > 1:
+                repository.refresh()  # they may rely on packs that were committed since this rank last looked
             for entry in entries:
                 writer.add_entry(entry)
             return writer.commit(

@@ -1,121 +1,190 @@
 """Copy a state out of the training's way, so that what is saved is one instant.
 
 Parameters and the state of optimizers do not change between two calls of `optimizer.step()`. They are copied in
-a thread while forward and backward run, and only the next step of an optimizer waits for what is left of it. All
-else (buffers, gradients, counters, random numbers) is copied at once.
+a thread, or by the GPU on a stream of its own, while forward and backward run, and only the next step of an
+optimizer waits for what is left of it. All else (buffers, gradients, counters, random numbers) is copied at once.
 
-Proof that the copy is one instant: the unsteady part is copied within the call; each steady tensor belongs to an
-optimizer whose hook holds its next step until the copy is done. What changes it otherwise, in place, raises the
-version that torch counts for each tensor; the copy is then thrown away, and the tensor is named.
+Proof that the copy is one instant: the unsteady part is copied within the call, or by the device before anything
+that it is given later. Each steady tensor belongs to an optimizer whose hook calls `hold` before its next step:
+then the copy is done, or the device does it first. What changes a steady tensor otherwise, in place, raises the
+version that torch counts for it; versions are compared when the copy is done or held, whichever comes first. Where
+one was raised the copy is thrown away, and the tensor is named.
 """
 
 from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from outlast.checkpoint.accelerator import Accelerator, Cuda
 from outlast.checkpoint.leaves import Leaf, tensor_bytes
 from outlast.errors import Refused
 
 _ALIGN_BYTES = 4096
-_PIECE_BYTES = 32 << 20
 
 Place = tuple[str, str]
 """(file, name of the leaf)"""
 
+_Placed = Sequence[tuple[Place, Leaf]]
+_Versions = list[tuple[Place, torch.Tensor, int]]
+
 
 class Staged:
-    """One copy under way. `contents` is whole once `wait` has returned."""
+    """One copy under way. `contents` is whole once `check` has returned."""
 
     def __init__(self) -> None:
         self.contents: dict[Place, memoryview] = {}
         self._done = threading.Event()
+        self._host_done = threading.Event()
         self._error: BaseException | None = None
+        self._lock = threading.Lock()
+        self.accelerator: Accelerator | None = None
+        self.marks: list[Any] = []
+        """of what it is copying"""
+        self.versions: _Versions = []
+        """of the same, until they were compared"""
 
     @property
     def done(self) -> bool:
         return self._done.is_set()
 
-    def wait(self) -> None:
-        """Until nothing of the live state is needed any more. Raises nothing: see `check`."""
-        self._done.wait()
+    def hold(self) -> None:
+        """What is done to the state from now on comes after the copy. Raises nothing: see `check`."""
+        self._host_done.wait()
+        if self.accelerator is not None and not self.done:
+            self._compare_versions()
+            for mark in self.marks:
+                self.accelerator.hold(mark)
 
     def check(self) -> None:
-        """Raises what went wrong while the copy was made."""
+        """Wait until nothing of the live state is needed. Raises what went wrong while the copy was made."""
         self._done.wait()
         if self._error is not None:
             raise self._error
 
     def finish(self, error: BaseException | None = None) -> None:
-        self._error = error
+        self._error = self._error or error
+        self._host_done.set()
         self._done.set()
+
+    def _compare_versions(self) -> None:
+        with self._lock:
+            versions, self.versions = self.versions, []
+            try:
+                _refuse_changed(versions)
+            except Refused as exc:
+                self._error = exc
+
+    def copy_later(self, leaves: _Placed, versions: _Versions) -> None:
+        """What the host has to copy, in this thread; then wait for what the device copies."""
+        try:
+            _copy(leaves, self.contents)
+            _refuse_changed(versions)
+            self._host_done.set()
+            if self.accelerator is not None:
+                for mark in self.marks:
+                    self.accelerator.wait(mark)
+                self._compare_versions()
+        except BaseException as exc:  # noqa: BLE001  it is raised by `check`, in the thread that saves
+            self.finish(exc)
+        else:
+            self.finish()
 
 
 class Stage:
     """Memory for one copy, kept from save to save: fresh memory costs as much as the copy itself."""
 
-    def __init__(self) -> None:
-        self._arena: np.ndarray[tuple[int], np.dtype[np.uint8]] = np.empty(0, np.uint8)
+    def __init__(self, accelerator: Accelerator | None = None) -> None:
+        self._accelerator = accelerator or Cuda()
+        self._memory: NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._pinned: NDArray[np.uint8] = np.empty(0, np.uint8)
 
     def reserve(self, count_bytes: int) -> None:
         """Have so much memory at hand, its pages touched."""
-        if len(self._arena) >= count_bytes:
+        if len(self._memory) >= count_bytes:
             return
         memory = mmap.mmap(-1, count_bytes)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
-        self._arena = np.frombuffer(memory, np.uint8)
-        self._arena[:: mmap.PAGESIZE] = 0
+        self._memory = np.frombuffer(memory, np.uint8)
+        self._memory[:: mmap.PAGESIZE] = 0
 
     def begin(self, files: dict[str, list[Leaf]], *, overlap: bool) -> Staged:
         """Copy: what is not steady before this returns, the rest in a thread."""
         leaves = [((file, leaf.name), leaf) for file, found in files.items() for leaf in found]
-        room: dict[Place, tuple[int, int]] = {}
-        at = 0
-        for place, leaf in leaves:
-            room[place] = (at, leaf.nbytes)
-            at += -(-leaf.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES if leaf.nbytes >= _ALIGN_BYTES else leaf.nbytes
-            at += -at % 64
-        self.reserve(at)
+        on_device = [each for each in leaves if self._accelerator.owns(each[1].tensor)]
+        on_host = [each for each in leaves if not self._accelerator.owns(each[1].tensor)]
         staged = Staged()
-        arena = self._arena.data
-        for place, (start, length) in room.items():
-            staged.contents[place] = arena[start : start + length]
-        later = [each for each in leaves if each[1].steady and overlap]
-        _copy(((place, leaf) for place, leaf in leaves if not (leaf.steady and overlap)), staged)
-        if not later:
+        self.reserve(_lay_out(on_host, None, staged.contents))
+        _lay_out(on_host, self._memory.data, staged.contents)
+        if on_device:
+            self._begin_on_device(on_device, staged, overlap=overlap)
+        later = [each for each in on_host if each[1].steady and overlap]
+        _copy([each for each in on_host if not (each[1].steady and overlap)], staged.contents)
+        if later or on_device:
+            given = (later, _versions_of(later))
+            threading.Thread(target=staged.copy_later, args=given, name="outlast-stage", daemon=True).start()
+        else:
             staged.finish()
-            return staged
-        versions = [leaf.tensor._version for _, leaf in later]
-        threading.Thread(target=_copy_later, args=(later, versions, staged), name="outlast-stage", daemon=True).start()
         return staged
 
+    def _begin_on_device(self, leaves: _Placed, staged: Staged, *, overlap: bool) -> None:
+        """Give the device its copies: first what isn't steady, which all work from now on comes after."""
+        need = _lay_out(leaves, None, staged.contents)
+        if len(self._pinned) < need:
+            self._pinned = self._accelerator.reserve(need)
+        _lay_out(leaves, self._pinned.data, staged.contents)
+        at_once = [each for each in leaves if not (each[1].steady and overlap)]
+        later = [each for each in leaves if each[1].steady and overlap]
+        for some in (at_once, later):
+            pairs = [(leaf.tensor, _as_tensor(staged.contents[place], leaf)) for place, leaf in some if leaf.nbytes]
+            mark = self._accelerator.copy(pairs)
+            if some is at_once:
+                self._accelerator.hold(mark)
+            staged.marks.append(mark)
+        staged.accelerator, staged.versions = self._accelerator, _versions_of(later)
 
-def _copy(leaves: Iterable[tuple[Place, Leaf]], staged: Staged) -> None:
+
+def _versions_of(leaves: _Placed) -> _Versions:
+    return [(place, leaf.tensor, leaf.tensor._version) for place, leaf in leaves]
+
+
+def _lay_out(leaves: _Placed, memory: memoryview | None, contents: dict[Place, memoryview]) -> int:
+    """Give each leaf its run of the memory; how much of it they need."""
+    at = 0
+    for place, leaf in leaves:
+        if memory is not None:
+            contents[place] = memory[at : at + leaf.nbytes]
+        at += -(-leaf.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES if leaf.nbytes >= _ALIGN_BYTES else leaf.nbytes
+        at += -at % 64
+    return at
+
+
+def _as_tensor(memory: memoryview, leaf: Leaf) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(memory, np.uint8)).view(leaf.tensor.dtype).view(leaf.tensor.shape)
+
+
+def _copy(leaves: _Placed, contents: dict[Place, memoryview]) -> None:
     for place, leaf in leaves:
         if leaf.nbytes:
-            target = np.frombuffer(staged.contents[place], np.uint8)
             if leaf.tensor.device.type == "cpu" and leaf.tensor.is_contiguous():
+                target = np.frombuffer(contents[place], np.uint8)
                 np.copyto(target, np.frombuffer(tensor_bytes(leaf.tensor), np.uint8))  # a plain memcpy, without the GIL
             else:
-                torch.from_numpy(target).view(leaf.tensor.dtype).view(leaf.tensor.shape).copy_(leaf.tensor)
+                _as_tensor(contents[place], leaf).copy_(leaf.tensor)
 
 
-def _copy_later(leaves: list[tuple[Place, Leaf]], versions: list[int], staged: Staged) -> None:
-    try:
-        _copy(leaves, staged)
-        for (place, leaf), version in zip(leaves, versions, strict=True):
-            if leaf.tensor._version != version:
-                raise Refused(
-                    f"{place[1]} of {place[0]} changed outside of its optimizer while it was copied; this save was "
-                    "dropped, and the one before is whole.",
-                    hint="Change parameters in `optimizer.step()` alone, or save with `overlap=False`.",
-                )
-    except BaseException as exc:  # noqa: BLE001  it is raised by `check`, in the thread that saves
-        staged.finish(exc)
-    else:
-        staged.finish()
+def _refuse_changed(versions: _Versions) -> None:
+    for (file, name), tensor, version in versions:
+        if tensor._version != version:
+            raise Refused(
+                f"{name} of {file} changed outside of its optimizer while it was copied; this save was "
+                "dropped, and the one before is whole.",
+                hint="Change parameters in `optimizer.step()` alone, or make the run with `overlap=False`.",
+            )

@@ -1,0 +1,207 @@
+"""What a checkpoint holds of a training state comes back as it was, whatever the state is made of; or it is refused."""
+
+from __future__ import annotations
+
+import random  # noqa: TID251  a state that is captured
+from collections import Counter, OrderedDict, deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from outlast.checkpoint.run import Run
+from outlast.errors import Refused
+
+
+def saved(folder: Path, state: dict[str, Any]) -> None:
+    with Run(str(folder / "runs"), name="x", state=state) as run:
+        run.step()
+        run.save().wait_verified()
+
+
+def loaded(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    with Run(str(folder / "runs"), name="x", state=state) as run:
+        assert run.load() == 1
+    return state
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(300, 8)
+        self.head = nn.Linear(8, 300, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("table", torch.arange(20.0))
+        self.register_buffer("part", self.table[5:9], persistent=False)
+
+
+def test_tied_weights_and_views_stay_tied(tmp_path: Path) -> None:
+    model = Tied()
+    saved(tmp_path, {"model": model})
+    found = loaded(tmp_path, {"model": Tied()})["model"]
+    assert found.head.weight is found.embedding.weight
+    assert torch.equal(found.head.weight, model.head.weight)
+    found.table[5] = 77
+    assert found.part[0] == 77
+    sizes = [entry.size for entry in _entries(tmp_path) if entry.path == "model.safetensors"]
+    assert sizes[0] < 2 * model.head.weight.nbytes, "the weight that is tied is stored twice"
+
+
+def _entries(folder: Path) -> Any:
+    run = Run(str(folder / "runs"), name="x", state={"x": {}})
+    return list(run._home.disk.repository.entries(run.checkpoints()[-1][1]))
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def test_a_compiled_model_and_a_plain_one_are_the_same(tmp_path: Path) -> None:
+    model = net()
+    inner = nn.Sequential(torch.compile(net()), nn.Linear(4, 4))
+    saved(tmp_path / "a", {"model": torch.compile(model)})
+    assert torch.equal(loaded(tmp_path / "a", {"model": net()})["model"][2].weight, model[2].weight)
+    saved(tmp_path / "b", {"model": model})
+    found = loaded(tmp_path / "b", {"model": torch.compile(net())})["model"]
+    assert torch.equal(found._orig_mod[2].weight, model[2].weight)
+    saved(tmp_path / "c", {"model": inner})
+    found = loaded(tmp_path / "c", {"model": nn.Sequential(net(), nn.Linear(4, 4))})["model"]
+    assert torch.equal(found[0][2].weight, inner[0]._orig_mod[2].weight)
+
+
+def test_an_averaged_copy_beside_its_model(tmp_path: Path) -> None:
+    model = net()
+    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(3):
+        model(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+        ema.update_parameters(model)
+    saved(tmp_path, {"model": model, "ema": ema, "optimizer": optimizer})
+    other = net()
+    fresh = torch.optim.swa_utils.AveragedModel(other)
+    state = {"model": other, "ema": fresh, "optimizer": torch.optim.AdamW(other.parameters())}
+    found = loaded(tmp_path, state)
+    assert found["ema"].n_averaged == 3
+    assert torch.equal(found["ema"].module[0].weight, ema.module[0].weight)
+    assert not torch.equal(found["ema"].module[0].weight, found["model"][0].weight)
+
+
+def test_the_state_of_an_optimizer_follows_names_not_positions(tmp_path: Path) -> None:
+    model = net()
+    optimizer = torch.optim.AdamW([{"params": [model[0].weight, model[2].weight], "lr": 0.5},
+                                   {"params": [model[0].bias, model[2].bias], "weight_decay": 0.0}])  # fmt: skip
+    model(torch.randn(3, 4)).square().sum().backward()
+    optimizer.step()
+    saved(tmp_path, {"model": model, "optimizer": optimizer})
+    other = net()
+    turned = torch.optim.AdamW([{"params": [other[2].bias, other[0].bias]},
+                                {"params": [other[2].weight, other[0].weight]}])  # fmt: skip
+    loaded(tmp_path, {"model": other, "optimizer": turned})
+    for at, kind in ((0, "weight"), (2, "weight"), (0, "bias"), (2, "bias")):
+        before, after = getattr(model[at], kind), getattr(other[at], kind)
+        for name, value in optimizer.state[before].items():
+            assert torch.equal(turned.state[after][name], value), (at, kind, name)
+    assert [group["lr"] for group in turned.param_groups] == [0.001, 0.5]
+    assert [group["weight_decay"] for group in turned.param_groups] == [0.0, 0.01]
+
+
+def test_every_kind_of_value_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "numbers": [0.1, -0.0, float("inf"), 5e-324, 1 << 80, -(1 << 63), True, None],
+        "nested": {"tuple": (1, (2, [3])), "set": {1, 2}, 7: "integer key", ("a", 1): "tuple key"},
+        "ordered": OrderedDict(b=1, a=2),
+        "counted": Counter("hello"),
+        "queue": deque([1, 2, 3], maxlen=5),
+        "bytes": b"\0\xff",
+        "complex": 1 - 0.5j,
+        "numpy": {"scalar": np.float32(0.1), "big": np.arange(6, dtype=">u2").reshape(2, 3), "flag": np.bool_(True)},
+        "types": [torch.bfloat16, torch.device("cpu"), torch.Size([2, 3])],
+        "$odd": {"$": "a key of ours"},
+        "text": "ünïcode\n",
+    }
+    tensors = {
+        name: torch.arange(12).to(dtype).reshape(3, 4)
+        for name, dtype in vars(torch).items()
+        if isinstance(dtype, torch.dtype)
+        and name in ("float64", "float16", "bfloat16", "int8", "uint8", "uint16", "uint64", "bool", "complex64",
+                     "float8_e4m3fn", "float8_e5m2")
+    }  # fmt: skip
+    tensors |= {
+        "strided": torch.arange(24.0).reshape(4, 6)[::2, 1::2],
+        "lying": torch.arange(24.0).reshape(2, 3, 4).permute(2, 0, 1),
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(3.5),
+        "nan": torch.tensor([0x7FC00001, 0x7F800001], dtype=torch.int32).view(torch.float32),
+        "conjugated": torch.tensor([1 + 2j]).conj(),
+        "negative": torch.tensor([1 + 2j]).conj().imag,
+    }
+    saved(tmp_path, {"values": values, "tensors": tensors})
+    found = loaded(tmp_path, {"values": {}, "tensors": {}})
+    assert repr(found["values"]) == repr(values)
+    for name, tensor in tensors.items():
+        assert found["tensors"][name].dtype == tensor.dtype, name
+        assert found["tensors"][name].shape == tensor.shape, name
+        assert bits(found["tensors"][name]) == bits(tensor), name
+    assert found["tensors"]["lying"].stride() == tensors["lying"].stride()
+
+
+def test_generators_go_on_where_they_were(tmp_path: Path) -> None:
+    def made() -> dict[str, Any]:
+        return {"a": torch.Generator(), "b": np.random.default_rng(1), "c": random.Random(1),
+                "d": np.random.RandomState(1)}  # fmt: skip
+
+    def drawn(state: dict[str, Any]) -> list[Any]:
+        own = [torch.rand(1, generator=state["a"]).item(), state["b"].random(), state["c"].random(), state["d"].rand()]
+        return [*own, torch.rand(1).item(), np.random.rand(), random.random()]
+
+    state = made()
+    drawn(state)
+    saved(tmp_path, state)
+    wanted = drawn(state)
+    assert drawn(loaded(tmp_path, made())) == wanted
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+    whole.copy_(tensor)
+    return bytes(whole.flatten().view(torch.uint8).tolist())
+
+
+class Opaque:
+    pass
+
+
+@pytest.mark.parametrize(
+    "state, path",
+    [
+        ({"a": {"b": [1, Opaque()]}}, r"state\['a'\]\['b'\]\[1\] is a .*Opaque"),
+        ({"a": {"f": print}}, r"state\['a'\]\['f'\]"),
+        ({"a": {"t": torch.eye(3).to_sparse()}}, "the tensor t is sparse"),
+        ({"a": {"t": torch.empty(3, device="meta")}}, "meta"),
+        ({"a": {"n": np.array([object()])}}, r"state\['a'\]\['n'\]"),
+    ],
+)
+def test_what_can_not_be_kept_is_refused_with_its_path(state: dict[str, Any], path: str, tmp_path: Path) -> None:
+    run = Run(str(tmp_path / "runs"), name="x", state=state)
+    with pytest.raises(Refused, match=path):
+        run.save()
+    assert run.checkpoints() == []
+
+
+def test_lazily_made_state_is_loaded_too(tmp_path: Path) -> None:
+    """An optimizer that has not stepped yet has no state; what was saved of it comes back all the same."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+    saved(tmp_path, {"model": model, "optimizer": optimizer})
+    other = net()
+    fresh = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
+    loaded(tmp_path, {"model": other, "optimizer": fresh})
+    assert torch.equal(
+        fresh.state[other[0].weight]["momentum_buffer"], optimizer.state[model[0].weight]["momentum_buffer"]
+    )
