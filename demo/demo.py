@@ -1,7 +1,7 @@
-"""`make demo`: a real model folder is backed up, changed, lost and restored; its backup damaged, found out and healed.
+"""`make demo`: a training is killed and goes on bit for bit; then a real model folder is backed up, lost and restored.
 
-Every Outlast step goes through the real command line, shown as typed. Nothing is downloaded; the
-scratch folder `.demo/`, made where you are, is removed at the end.
+Its backup is damaged, found out and healed. Every Outlast step goes through the real command line, shown as typed.
+Nothing is downloaded; the scratch folder `.demo/`, made where you are, is removed at the end.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -121,9 +122,59 @@ Row = tuple[str, str, float]
 """of the table at the end: what, how much, seconds"""
 
 
+STEPS = 120
+
+
+def train(runs: str, kill_at: int | None) -> tuple[dict[int, str], str]:
+    """The losses by step and the hash of the weights; with `kill_at` the process is killed -9 when it prints that step.
+
+    The hash is "" for a process that was killed.
+    """
+    program = Path(__file__).with_name("writer.py")
+    text = program.parent.parent / "docs"
+    command = [sys.executable, str(program), str(text), runs, str(STEPS)]
+    losses, weights = {}, ""
+    with subprocess.Popen(command, cwd=SCRATCH, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            match line.split():
+                case ["from", "step", step]:
+                    say(f"{program.name} begins at step {step}")
+                case ["step", step, "loss", loss]:
+                    losses[int(step)] = loss
+                    if int(step) == kill_at:
+                        process.kill()
+                        say(strong(f"$ kill -9 {process.pid}    # in step {step}"))
+                        break
+                case ["weights", weights]:
+                    pass
+    if process.returncode and kill_at is None:
+        raise SystemExit(f"The demo failed: the training ended with {process.returncode}.")
+    return losses, weights
+
+
+def killed_and_resumed() -> Iterator[Row]:
+    title("1. Train a small transformer; kill it twice; it ends as if nothing had been")
+    (whole, wanted), seconds = timed(lambda: train("undisturbed", None))
+    told = [float.fromhex(whole[step]) for step in (0, STEPS // 4, STEPS // 2, STEPS - 1)]
+    say(f"undisturbed: loss {course(told)}, weights {wanted[:16]}\n")
+    yield f"train {STEPS} steps", "undisturbed", seconds
+    first = random.randrange(15, STEPS // 2)
+    second = random.randrange(STEPS // 2, STEPS - 5)
+    started = time.perf_counter()
+    lives = [train("killed", moment) for moment in (first, second, None)]
+    again = sum(map(len, (losses for losses, _ in lives))) - STEPS
+    for losses, _ in lives:
+        if any(whole[step] != loss for step, loss in losses.items()):
+            raise SystemExit("The demo failed: a loss after the resume differs.")
+    if lives[-1][1] != wanted:
+        raise SystemExit("The demo failed: the weights differ.")
+    say(f"killed twice: every loss is equal to the last bit, and the weights are {lives[-1][1][:16]}")
+    yield "the same, killed twice", f"same weights; {again} steps done again", time.perf_counter() - started
+
+
 def protect(model: Path) -> Iterator[Row]:
     """Fine-tune, back up, train on with one layer, back up again."""
-    title("1. A real model, fine-tuned for a few steps")
+    title("2. A real model, fine-tuned for a few steps")
     from training import Trainer, bytes_changed  # imports torch: seconds, so not before the title
 
     trainer = Trainer()
@@ -135,14 +186,14 @@ def protect(model: Path) -> Iterator[Row]:
             say(f"  {size(path.stat().st_size):>10}  {path.relative_to(SCRATCH)}")
     yield "fine-tune, 4 steps", f"{trainer.parameters / 1e6:.1f} M parameters", seconds
 
-    title("2. Back it up")
+    title("3. Back it up")
     outlast("init")
     seconds = outlast("backup", "model", "--name", "minilm")
     say("The weights lie in both big files, and are stored once.")
     first = outlast_json("snapshots")[-1]
     yield "first backup", f"{size(first['bytes'])}, stored in {size(bytes_in(SCRATCH / 'repository'))}", seconds
 
-    title(f"3. Train on with one layer ({LAYER[:-1]}), and back up again")
+    title(f"4. Train on with one layer ({LAYER[:-1]}), and back up again")
     before = trainer.tensors()
     trainer.freeze_all_but(LAYER)
     losses = trainer.train(2)
@@ -161,7 +212,7 @@ def protect(model: Path) -> Iterator[Row]:
 
 
 def lose_and_restore(model: Path, wanted: Found) -> Iterator[Row]:
-    title("4. Lose the folder, and get it back")
+    title("5. Lose the folder, and get it back")
     say(strong("$ rm -r model"))
     shutil.rmtree(model)
     seconds = outlast("restore", "latest", "--to", "model")
@@ -170,12 +221,12 @@ def lose_and_restore(model: Path, wanted: Found) -> Iterator[Row]:
 
 
 def copy_damage_and_heal() -> Iterator[Row]:
-    title("5. Keep a second copy elsewhere")
+    title("6. Keep a second copy elsewhere")
     outlast("init", "--repo", "elsewhere")
     seconds = outlast("copy", "--from", "repository", "--to", "elsewhere")
     yield "copy of both snapshots", size(bytes_in(SCRATCH / "elsewhere")), seconds
 
-    title("6. Damage one bit; check finds it, and the copy heals it")
+    title("7. Damage one bit; check finds it, and the copy heals it")
     pack = flip_one_byte(SCRATCH / "repository")
     say(f"Flipped one bit in {pack.relative_to(SCRATCH)} ({size(pack.stat().st_size)})\n")
     seconds = outlast("check", "--data", "all", expect=CORRUPT)
@@ -189,13 +240,13 @@ def copy_damage_and_heal() -> Iterator[Row]:
 
 
 def let_go(model: Path, wanted: Found) -> Iterator[Row]:
-    title("7. Forget what is old, and free its space")
+    title("8. Forget what is old, and free its space")
     outlast("forget", "--keep-last", "1")
     before = bytes_in(SCRATCH / "repository")
     seconds = outlast("prune", "--grace", "0")
     yield "prune", f"{size(before - bytes_in(SCRATCH / 'repository'))} freed", seconds
 
-    title("8. Restore without Outlast, by a program that every repository holds")
+    title("9. Restore without Outlast, by a program that every repository holds")
     shutil.rmtree(model)
     say(strong("$ python repository/rescue.py repository latest model"))
     command = [sys.executable, "-I", "repository/rescue.py", "repository", "latest", "model"]
@@ -210,7 +261,8 @@ def demo() -> list[Row]:
     """Tell the story; the rows of the table at its end."""
     os.environ["OUTLAST_REPO"] = str(SCRATCH / "repository")
     model = SCRATCH / "model"
-    rows = list(protect(model))
+    rows = list(killed_and_resumed())
+    rows += protect(model)
     wanted = fingerprint(model)
     rows += lose_and_restore(model, wanted)
     rows += copy_damage_and_heal()

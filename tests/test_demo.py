@@ -23,6 +23,8 @@ def test_the_demo_tells_its_story(tmp_path: Path) -> None:
         timeout=120,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.count("kill -9") == 2
+    assert "every loss is equal to the last bit" in ran.stdout
     for fact in ("Damaged: packs/", "model/checkpoint.pt", "every chunk verified", "all of it"):
         assert fact in ran.stdout, ran.stdout
     assert ran.stdout.count("every byte, mode and mtime is as it was") == 2, "restored by Outlast, and without it"

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from outlast.backup.restore import execute as restore
     from outlast.backup.restore import plan as plan_restore
     from outlast.backup.tensors import restore_tensors
+    from outlast.checkpoint.pending import PendingSave
+    from outlast.checkpoint.run import Run
     from outlast.errors import OutlastError
     from outlast.events import EventSink
     from outlast.records import Entry, Snapshot
@@ -31,7 +33,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Entry",
     "OutlastError",
+    "PendingSave",
     "Repository",
+    "Run",
     "Snapshot",
     "back_up",
     "check",
@@ -47,7 +51,9 @@ __all__ = [
 _HOMES = {
     "Entry": ("outlast.records", "Entry"),
     "OutlastError": ("outlast.errors", "OutlastError"),
+    "PendingSave": ("outlast.checkpoint.pending", "PendingSave"),
     "Repository": ("outlast.repo.repository", "Repository"),
+    "Run": ("outlast.checkpoint.run", "Run"),
     "Snapshot": ("outlast.records", "Snapshot"),
     "back_up": ("outlast.backup.create", "create"),
     "check": ("outlast.repo.check", "check"),
