@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from outlast.checkpoint.run import Run
-from outlast.errors import InvalidInput, Refused
+from outlast.errors import Corrupt, InvalidInput, Refused, WrongKey
 from outlast.events import Event
 
 
@@ -176,3 +176,89 @@ def test_what_can_not_be_captured_is_refused_with_its_path(url: str) -> None:
 def test_a_senseless_schedule_is_refused(url: str, wrong: Any) -> None:
     with pytest.raises(InvalidInput, match="save_every"):
         Run(url, name="x", state=made(), save_every=wrong)
+
+
+def packs_of(url: str) -> list[Path]:
+    return sorted(
+        (path for path in Path(url, "packs").rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime
+    )
+
+
+def flip(pack: Path) -> None:
+    pack.chmod(0o644)
+    content = bytearray(pack.read_bytes())
+    content[5000] ^= 1
+    pack.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink], ids=["flipped", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(damage: Any, url: str) -> None:
+    run = Run(url, name="x", state=made(5000), save_every=2)
+    run.resume()
+    for _ in range(3):
+        trained(run, 2)
+        run._end_pending(wait=True)
+    weights = {step: run.load(snapshot) and run.state["model"].weight.clone() for step, snapshot in run.checkpoints()}
+    run.close()
+    damage(packs_of(url)[-1])
+
+    told = Told()
+    again = Run(url, name="x", state=made(5000), save_every=2, sink=told)
+    assert again.resume() == 4
+    assert torch.equal(again.state["model"].weight, weights[4])
+    assert len(again.skipped) == 1 and "of step 6 is skipped: it is damaged" in again.skipped[0]
+    assert "checkpoint.skipped" in [event.kind for event in told.events]
+    trained(again, 2)
+    again.save().wait_verified()  # what it holds in common with the damaged one was stored again
+    again.close()
+    assert Run(url, name="x", state=made(5000)).resume() == 6
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_trained_on(url: str) -> None:
+    with Run(url, name="x", state=made(5000), save_every=2) as run:
+        run.resume()
+        trained(run, 2)
+    for pack in packs_of(url):
+        flip(pack)
+    with pytest.raises(Corrupt, match="damaged"):
+        Run(url, name="x", state=made(5000)).resume()
+
+
+def test_two_runs_in_one_repository_do_not_disturb_each_other(url: str) -> None:
+    """Each drops what it doesn't keep, and prunes, while the other stores."""
+    runs = [Run(url, name=name, state=made(20_000), save_every=1, keep=1) for name in ("a", "b")]
+    for _ in range(12):
+        for run in runs:
+            trained(run, 1)
+    for run in runs:
+        run.close()
+    for name in ("a", "b"):
+        assert Run(url, name=name, state=made(20_000)).resume() == 12
+
+
+def test_a_changed_environment_is_told_or_refused(url: str) -> None:
+    with Run(url, name="x", state=made(), save_every=10**9) as run:
+        trained(run, 1)
+        run.save().wait()
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        told = Told()
+        assert Run(url, name="x", state=made(), sink=told).resume() == 1
+        assert f"threads: was {before}, is {before + 1}" in told.events[0].reason
+        with pytest.raises(Refused, match="threads: was"):
+            Run(url, name="x", state=made()).resume(same_environment=True)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_encrypted_run_needs_its_passphrase(url: str) -> None:
+    with Run(url, name="x", state=made(), passphrase="secret") as run:
+        trained(run, 1)
+        run.save().wait()
+    assert Run(url, name="x", state=made(), passphrase="secret").resume() == 1
+    with pytest.raises(WrongKey):
+        Run(url, name="x", state=made(), passphrase="wrong").resume()
+    assert not any(
+        b"weight" in path.read_bytes() for path in Path(url).rglob("*") if path.is_file() and "packs" in path.parts
+    )

@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgspec
 
@@ -26,8 +27,9 @@ from outlast.repo.state import RESUMED
 from outlast.store.layers import open_store
 
 _MEMORY = "/dev/shm"  # noqa: S108  private folders are made in it
-# Of what lies in packs that are still needed half may be waste, before such a pack is written anew.
-_PRUNE = PrunePolicy(max_unused=0.5, max_delete=1.0, grace_seconds=0.0)
+# What is dropped is gone at once, but for what another run may be storing just now. Of what lies in packs that are
+# still needed half may be waste, before such a pack is written anew.
+_PRUNE = PrunePolicy(max_unused=0.5, max_delete=1.0, grace_seconds=0.0, unnamed_seconds=3600.0)
 _TRIES = 3
 
 Secret = Callable[[], bytes]
@@ -60,13 +62,15 @@ class Tier:
     def open(self, *, make: bool) -> Repository | None:
         if self._opened is None:
             store = open_store(self._url)
+            given: Any = {"secret": self._secret, "clock": self._clock, "sink": self._sink}
             try:
-                self._opened = Repository.open(store, secret=self._secret, clock=self._clock, sink=self._sink)
+                self._opened = Repository.open(store, **given)
             except NoRepository:
                 if make:
-                    self._opened = Repository.create(
-                        store, secret=self._secret, compression="none", clock=self._clock, sink=self._sink
-                    )
+                    try:
+                        self._opened = Repository.create(store, compression="none", **given)
+                    except Refused:  # another run made it meanwhile
+                        self._opened = Repository.open(store, **given)
         return self._opened
 
     @property

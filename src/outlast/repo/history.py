@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from outlast.records import LogEntry, PackRef, Snapshot
-from outlast.repo.state import CONDEMN, FORGET, KEY, PACKS, QUARANTINE, SNAPSHOT, SWEEP, VERIFIED, State
+from outlast.repo.state import CONDEMN, FORGET, KEY, PACKS, QUARANTINE, RESUMED, SNAPSHOT, SWEEP, VERIFIED, State
 
 _NAMED_MAX = 3
 _ID_CHARACTERS = 8
@@ -32,6 +32,9 @@ def concerns(entry: LogEntry, before: State) -> set[str]:
     """The names whose snapshots a sound entry makes or forgets."""
     if entry.kind == SNAPSHOT:
         return {msgspec.convert(entry.body["snapshot"], Snapshot).name}
+    if entry.kind == RESUMED:
+        made = before.snapshots.get(msgspec.convert(entry.body["snapshot"], str))
+        return {made.name} if made else set()
     if entry.kind == FORGET:
         return {before.snapshots[each].name for each in _listed(entry, "snapshots") if each in before.snapshots}
     return set()
@@ -46,6 +49,13 @@ def _snapshot(entry: LogEntry, before: State, size_text: SizeText) -> str:
         *_rescued(entry, before, size_text),
     ]
     return f"{made.kind} {_short(made.id)} of {made.name}: {', '.join(parts)}"
+
+
+def _resumed(entry: LogEntry, before: State, size_text: SizeText) -> str:
+    snapshot = msgspec.convert(entry.body["snapshot"], str)
+    made = before.snapshots.get(snapshot)
+    where = f" of {made.name}, step {made.tags.get('step', 'unknown')}" if made else ""
+    return f"a run went on from checkpoint {_short(snapshot)}{where}"
 
 
 def _packs(entry: LogEntry, before: State, size_text: SizeText) -> str:
@@ -138,6 +148,7 @@ _SENTENCES: dict[str, Callable[[LogEntry, State, SizeText], str]] = {
     SWEEP: _sweep,
     QUARANTINE: _quarantine,
     VERIFIED: _verified,
+    RESUMED: _resumed,
     KEY: _key,
 }
 

@@ -20,6 +20,8 @@ class Policy(msgspec.Struct, frozen=True):
     """of all bytes: when more than this would go, nothing is done"""
     grace_seconds: float = 24 * 3600.0
     """how long a pack stays readable after it was condemned"""
+    unnamed_seconds: float | None = None
+    """how old an object is that no entry names, before it isn't taken for work under way; None: `grace_seconds`"""
 
 
 class PackFacts(msgspec.Struct, frozen=True):
@@ -112,7 +114,8 @@ def _decide_alone(pack: PackFacts, policy: Policy) -> Decision:
             return _decision(pack, "sweep", "it was condemned long enough ago")
         return _decision(pack, "wait", "it was condemned a short while ago")
     if pack.place == "unnamed":
-        if pack.age_seconds >= policy.grace_seconds:
+        patience = policy.grace_seconds if policy.unnamed_seconds is None else policy.unnamed_seconds
+        if pack.age_seconds >= patience:
             return _decision(pack, "condemn", "no commit names it: left by work that was cut short")
         return _decision(pack, "keep", "no commit names it yet: it may belong to a backup that is running")
     if not pack.readable:
