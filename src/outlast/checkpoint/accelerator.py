@@ -51,7 +51,10 @@ class Cuda:
     def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.device, torch.cuda.Event]]:
         events = []
         for device in dict.fromkeys(tensor.device for tensor, _ in pairs):
-            stream = self._streams.get(device) or self._streams.setdefault(device, torch.cuda.Stream(device))
+            stream = self._streams.get(device) or self._streams.setdefault(
+                device,
+                torch.cuda.Stream(device),  # type: ignore[no-untyped-call]
+            )
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 for tensor, target in pairs:

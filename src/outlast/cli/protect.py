@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 _FILES_SHOWN = 10
 
 snapshot_argument = click.argument(
-    "snapshot", cls=Argument, metavar="SNAPSHOT", help="The first characters of an id, or `latest`."
+    "snapshot",
+    cls=Argument,
+    metavar="SNAPSHOT",
+    help="The first characters of an id, or `latest`; of a training run RUN (its latest) or RUN@STEP.",
 )
 name_option = click.option("--name", metavar="NAME", help="Take snapshots from those of this name.")
 _tag_option = click.option("--tag", multiple=True, metavar="KEY=VALUE", help="A tag of the snapshot. May be repeated.")
