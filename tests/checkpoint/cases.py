@@ -87,7 +87,7 @@ def adamw(url: str) -> str:
     loader = DataLoader(Noisy(), batch_size=8, shuffle=True, num_workers=2)
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}
     with Run(url, name="adamw", state=state, save_every=3) as run:
-        run.resume()
+        run.resume(crashes_max=10**6)  # it is killed all the time, and not by its own fault
         for _, (x, y) in run.steps(loader, until=STEPS):
             loss = F.cross_entropy(model(x), y)
             optimizer.zero_grad()
@@ -107,7 +107,7 @@ def accumulating(url: str) -> str:
     loader = DataLoader(Noisy(), batch_size=8, shuffle=True)
     state = {"model": model, "optimizer": optimizer, "scaler": scaler, "loader": loader}
     with Run(url, name="accumulating", state=state, save_every=2) as run:
-        run.resume()
+        run.resume(crashes_max=10**6)  # it is killed all the time, and not by its own fault
         for step, (x, y) in run.steps(loader, until=STEPS):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = F.cross_entropy(model(x).float(), y)
@@ -131,7 +131,7 @@ def convolution(url: str) -> str:
     loader = DataLoader(Noisy((3, 12, 12)), batch_size=8, shuffle=True, num_workers=1)
     state = {"model": model, "optimizer": optimizer, "loader": loader}
     with Run(url, name="convolution", state=state, save_every=3) as run:
-        run.resume()
+        run.resume(crashes_max=10**6)  # it is killed all the time, and not by its own fault
         for _, (x, y) in run.steps(loader, until=STEPS):
             optimizer.zero_grad()
             loss = F.cross_entropy(model(x.to(memory_format=torch.channels_last)), y)
@@ -148,7 +148,7 @@ def streaming(url: str) -> str:
     loader = DataLoader(Stream(), batch_size=4)
     state = {"model": model, "optimizer": optimizer, "loader": loader}
     with Run(url, name="streaming", state=state, save_every=3) as run:
-        run.resume()
+        run.resume(crashes_max=10**6)  # it is killed all the time, and not by its own fault
         for _, (x, y) in run.steps(loader, until=STEPS):
             optimizer.zero_grad()
             loss = F.cross_entropy(model(x), y)
@@ -178,7 +178,7 @@ def replicated(url: str) -> str:
     loader = DataLoader(data, batch_size=4, sampler=sampler, num_workers=1)
     state = {"model": model, "optimizer": optimizer, "loader": loader}
     with Run(url, name="replicated", state=state, save_every=3) as run:
-        run.resume()
+        run.resume(crashes_max=10**6)  # it is killed all the time, and not by its own fault
         for _, (x, y) in run.steps(loader, until=STEPS):
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
@@ -202,7 +202,7 @@ def sharded(url: str) -> str:
     loader = DataLoader(data, batch_size=4, sampler=DistributedSampler(data, ranks, rank, seed=3))
     state = {"model": model, "optimizer": optimizer, "loader": loader}
     with Run(url, name="sharded", state=state, save_every=3) as run:
-        run.resume()
+        run.resume(crashes_max=10**6)  # it is killed all the time, and not by its own fault
         for _, (x, y) in run.steps(loader, until=STEPS):
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()

@@ -85,10 +85,12 @@ def test_control_c_twice_stops_at_once(url: str) -> None:
 
 
 def test_a_save_into_memory_is_found_by_the_next_process(url: str) -> None:
-    with Run(url, name="x", state=made(), save_every=10**9) as run:
-        run.resume()
-        os.kill(os.getpid(), signal.SIGUSR1)
-        trained(run, 2)
+    run = Run(url, name="x", state=made(), save_every=10**9)
+    run.resume()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    trained(run, 2)
+    run._end_pending(wait=True)
+    run._let_go()  # it is killed
     assert steps_of(run) == [], "nothing was written to the disk"
     again = Run(url, name="x", state=made())
     assert again.resume() == 1
@@ -135,9 +137,34 @@ def test_a_checkpoint_that_crashes_the_run_again_and_again_is_skipped(url: str) 
         trained(run, 2)
         run.save().wait()
     for _ in range(3):
-        assert Run(url, name="x", state=made()).resume() == 2
+        died_after(url, 0)
     assert Run(url, name="x", state=made(), sink=told).resume() == 1
-    assert any("went on from it 3 times" in event.reason for event in told.events)
+    assert any("died at the same step 3 times" in event.reason for event in told.events)
+
+
+def died_after(url: str, steps: int) -> int:
+    """A life that goes on from the newest checkpoint, and is killed so many steps later; where it began."""
+    run = Run(url, name="x", state=made(), save_every=10**9)
+    began = run.resume()
+    trained(run, steps)
+    run._let_go()
+    return began
+
+
+def test_a_run_that_is_killed_now_and_then_goes_on_from_the_newest(url: str) -> None:
+    with Run(url, name="x", state=made(), save_every=1) as run:
+        trained(run, 2)
+        run.save().wait()
+    assert [died_after(url, steps) for steps in (3, 7, 1, 5, 2, 4)] == [2] * 6
+    assert [died_after(url, 3) for _ in range(3)] == [2, 2, 1], "it died at step 5 for the third time"
+
+
+def test_where_a_life_died_is_not_known_on_another_machine(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Run(url, name="x", state=made(), save_every=1) as run:
+        trained(run, 2)
+        run.save().wait()
+    monkeypatch.setattr("outlast.checkpoint.reached.Reached.last", lambda self: None)
+    assert [died_after(url, steps) for steps in (3, 7, 1, 5)] == [2, 2, 2, 1]
 
 
 def test_an_exception_between_two_steps_saves_and_one_inside_a_step_does_not(url: str) -> None:

@@ -15,6 +15,7 @@ from outlast.checkpoint import keep
 from outlast.checkpoint import save as saving
 from outlast.checkpoint.keep import Kept
 from outlast.checkpoint.ranks import Ranks
+from outlast.checkpoint.reached import Reached
 from outlast.checkpoint.save import Captured
 from outlast.clock import Clock
 from outlast.errors import Busy, NoRepository, OutlastError, Refused
@@ -87,10 +88,10 @@ class Tier:
         found = [(int(each.tags["step"]), each) for each in mine if each.tags.get("step", "").isdigit()]
         return sorted(found, key=lambda each: (each[0], each[1].time))
 
-    def note_resumed(self, snapshot: Snapshot) -> None:
-        """Count it in the log. That it fails (a store that is read-only) doesn't keep the run from going on."""
+    def note_resumed(self, snapshot: Snapshot, died_at: int) -> None:
+        """Count it in the log, see `keep.crashes`. That this fails doesn't keep the run from going on."""
         try:
-            self.repository.log.append(RESUMED, lambda _: {"snapshot": snapshot.id})
+            self.repository.log.append(RESUMED, lambda _: {"snapshot": snapshot.id, "died_at": died_at})
         except OutlastError as exc:
             self._sink.event(Event("resume.not_counted", f"that the run went on is not in the log: {exc.message}"))
 
@@ -140,21 +141,39 @@ class Home:
         self, url: str, name: str, policy: keep.Policy, secret: Secret | None, clock: Clock, sink: EventSink
     ) -> None:
         self._policy, self._sink = policy, sink
-        self._memory_folder = _memory_folder(url, name)
+        self._user_folder = f"{_MEMORY}/outlast-{os.getuid()}"
+        self._memory_folder = f"{self._user_folder}/{_own_name(url, name)}"
         self.disk = Tier(url, name, secret, clock, sink)
         self.memory = Tier(self._memory_folder, name, secret, clock, sink)
+        self.reached = Reached(f"{self._memory_folder}.step")
 
     def candidates(self) -> list[Candidate]:
         """Every checkpoint, newest first; of the same step that in memory."""
+        began_at, died_at = self.reached.last() or (None, None)
         found: list[tuple[int, bool, str, Candidate]] = []
         for tier in (self.disk, self.memory):
-            if tier is self.memory and not _is_private(self._memory_folder):
+            if tier is self.memory and not _is_private(self._user_folder, self._memory_folder):
                 continue
             for step, each in tier.checkpoints():
-                crashes = tier.repository.state.resumed.get(each.id, 0)
+                resumed = tier.repository.state.resumed.get(each.id, [])
+                crashes = keep.crashes(resumed, died_at if began_at == step and resumed else None)
                 in_memory = tier is self.memory
                 found.append((step, in_memory, each.time, Candidate(each.id, step, in_memory, crashes)))
         return [each[-1] for each in sorted(found, key=lambda each: each[:3], reverse=True)]
+
+    def begin(self, step: int, candidate: Candidate | None = None) -> None:
+        """A life of the run begins at this step, of this checkpoint if it is not its first."""
+        if candidate is not None:
+            tier, snapshot = self.find(candidate)
+            began_at, died_at = self.reached.last() or (-1, -1)
+            went_on = snapshot.id in tier.repository.state.resumed and began_at == step
+            tier.note_resumed(snapshot, died_at if went_on else -1)
+        try:
+            _make_private(self._user_folder)
+        except (OutlastError, OSError) as exc:
+            self._sink.event(Event("run.unmarked", f"how far this life gets can't be marked: {exc}"))
+        else:
+            self.reached.begin(step)
 
     def tier(self, candidate: Candidate) -> Tier:
         return self.memory if candidate.in_memory else self.disk
@@ -169,7 +188,7 @@ class Home:
         """Commit what `captured` gives, once it is staged; every rank calls it and gets the same snapshot."""
         tier = self.memory if in_memory else self.disk
         if in_memory:
-            ranks.save.exchange(lambda: _make_private(self._memory_folder), str)
+            ranks.save.exchange(lambda: _make_private(self._user_folder, self._memory_folder), str)
         return tier.persist(captured, {f"metric.{key}": repr(float(value)) for key, value in metrics.items()}, ranks)
 
     def drop(self, *, in_memory: bool) -> None:
@@ -179,30 +198,31 @@ class Home:
                 self.memory.drop(keep.Policy(1))
             else:
                 self.disk.drop(self._policy)
-                if _is_private(self._memory_folder):
+                if _is_private(self._user_folder, self._memory_folder):
                     shutil.rmtree(self._memory_folder)  # it holds older ones alone
                     self.memory = self.memory.anew()
         except (OutlastError, OSError) as exc:
             self._sink.event(Event("checkpoint.not_dropped", f"old checkpoints were not dropped: {exc}"))
 
 
-def _memory_folder(url: str, name: str) -> str:
-    own = hashlib.sha256(f"{os.path.abspath(url) if '://' not in url else url}\0{name}".encode()).hexdigest()[:24]
-    return f"{_MEMORY}/outlast-{os.getuid()}/{own}"
+def _own_name(url: str, name: str) -> str:
+    place = os.path.abspath(url) if "://" not in url else url
+    return hashlib.sha256(f"{place}\0{name}".encode()).hexdigest()[:24]
 
 
-def _make_private(folder: str) -> str:
-    """The folder, which is there now. Raises `Refused` where somebody else could write to it."""
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    if not _is_private(folder):
-        raise Refused(f"{os.path.dirname(folder)} belongs to somebody else, or others may write to it.")
-    return folder
+def _make_private(*folders: str) -> str:
+    """The last folder; all are there now. Raises `Refused` where somebody else could write to one."""
+    for folder in folders:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        if not _is_private(folder):
+            raise Refused(f"{folder} belongs to somebody else, or others may write to it.")
+    return folders[-1]
 
 
-def _is_private(folder: str) -> bool:
-    """Whether it and the folder above it are this user's alone."""
+def _is_private(*folders: str) -> bool:
+    """Whether they are there, and this user's alone."""
     try:
-        found = [os.lstat(path) for path in (os.path.dirname(folder), folder)]
+        found = [os.lstat(folder) for folder in folders]
     except FileNotFoundError:
         return False
     return all(each.st_uid == os.getuid() and stat.S_ISDIR(each.st_mode) and not each.st_mode & 0o022 for each in found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -36,6 +37,19 @@ class Policy(msgspec.Struct, frozen=True):
         if not name or direction not in ("min", "max"):
             raise InvalidInput(f'best={self.best!r} says no metric and direction, such as "loss:min".')
         return name, direction == "min"
+
+
+def crashes(resumed: Sequence[int], died_at: int | None) -> int:
+    """How often a run died at the same step, or nobody knows where, since it went on from a checkpoint.
+
+    `resumed`: for each time it went on the step at which the life before had died, -1 where that isn't known;
+    `died_at`: of the last life. Lives that were killed at different steps were not killed by the checkpoint.
+
+    >>> crashes([-1, 106, 106], 106), crashes([-1, 104, 131], 117), crashes([-1, -1, -1], None)
+    (3, 1, 3)
+    """
+    known = [step for step in (*resumed, *(() if died_at is None else (died_at,))) if step >= 0]
+    return len(resumed) - len(known) + max(Counter(known).values(), default=0)
 
 
 def best(found: Sequence[Kept], policy: Policy) -> Kept | None:

@@ -73,8 +73,9 @@ class State(msgspec.Struct, omit_defaults=True):
     """the highest epoch that was given out, so that two rotations never make two keys of one number"""
     slots: dict[str, int] = {}
     """key slot -> the newest epoch that it holds, 0 when it was removed; the first slot is in no entry"""
-    resumed: dict[str, int] = {}
-    """checkpoint -> how often its run went on from it since it was saved, and saved no later one"""
+    resumed: dict[str, list[int]] = {}
+    """checkpoint -> for each time that its run went on from it, and saved no later one: the step at which the life
+    before that died, if it went on from it too, or -1"""
 
     def apply(self, entry: LogEntry, entry_hash: str) -> None:
         """Fold one entry. Kinds this version doesn't know change nothing here; `Corrupt` when it can't be read."""
@@ -142,7 +143,8 @@ def _snapshot(state: State, entry: LogEntry) -> None:
 def _resumed(state: State, entry: LogEntry) -> None:
     snapshot = msgspec.convert(entry.body["snapshot"], str)
     if snapshot in state.snapshots:
-        state.resumed[snapshot] = state.resumed.get(snapshot, 0) + 1
+        died_at = msgspec.convert(entry.body.get("died_at", -1), int)
+        state.resumed[snapshot] = [*state.resumed.get(snapshot, []), died_at]
 
 
 def _forget(state: State, entry: LogEntry) -> None:
