@@ -15,12 +15,12 @@ import msgspec
 import torch
 
 from outlast.checkpoint import state as live
+from outlast.checkpoint.description import describe, folder_of, ranks_of
 from outlast.checkpoint.leaves import DTYPES, Region, tensor_bytes
-from outlast.checkpoint.save import STATE_FILE, STATE_VERSION, Description, folder_of
 from outlast.checkpoint.state import Part, State
 from outlast.checkpoint.tree import Node
 from outlast.errors import Corrupt, Refused
-from outlast.records import Entry, Snapshot, parse
+from outlast.records import Entry, Snapshot
 from outlast.repo import formats
 from outlast.repo.content import Content, RecentChunks
 from outlast.repo.repository import Repository, chunk_offsets
@@ -99,7 +99,7 @@ def load(repository: Repository, snapshot: Snapshot, state: State, rank: int = 0
     """Fill the live objects of `state`. Raises `Corrupt`, `Refused`; then they may be filled in part."""
     files = {entry.path: entry for entry in repository.entries(snapshot) if entry.type == "file"}
     chunks = RecentChunks(repository)
-    saved_ranks = sum(path.rpartition("/")[2] == STATE_FILE for path in files) or 1
+    saved_ranks = ranks_of(files) or 1
     shelves = _Shelves(files, saved_ranks, chunks, snapshot)
     shelf = shelves[rank if saved_ranks == ranks else 0]
     missing = [key for key in state if key not in shelf.parts]
@@ -166,18 +166,6 @@ def refuse_mismatch(snapshot: Snapshot, found: list[str]) -> None:
         f"checkpoint {snapshot.id[:8]} does not fit the state; nothing was loaded:\n  " + "\n  ".join(shown),
         hint="Build the model and the optimizer as they were, or load by name what you need of it.",
     )
-
-
-def describe(files: Mapping[str, Entry], chunks: RecentChunks, snapshot: Snapshot) -> Description:
-    """What `state.json` of a checkpoint says. Raises `Corrupt`, and `Refused` for a later version."""
-    entry = files.get(STATE_FILE)
-    if entry is None:
-        raise Refused(f"snapshot {snapshot.id[:8]} is no checkpoint of a training state: it has no {STATE_FILE}.")
-    what = f"{STATE_FILE} of checkpoint {snapshot.id[:8]}"
-    found = parse(Content(entry, chunks.get).read(0, entry.size), Description, what)
-    if found.version != STATE_VERSION:
-        raise Refused(f"{what} is of version {found.version}, and this program knows {STATE_VERSION}.")
-    return found
 
 
 def _resharding(shelf: Shelf, state: State, saved_ranks: int, ranks: int) -> str:

@@ -16,14 +16,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from outlast import Passphrase, secret_of
-from outlast.checkpoint import environment, schedule
+from outlast.checkpoint import environment, prove, schedule
 from outlast.checkpoint import keep as keeping
 from outlast.checkpoint import save as saving
 from outlast.checkpoint import state as live
-from outlast.checkpoint.data import Feed
+from outlast.checkpoint.data import placed
 from outlast.checkpoint.home import Candidate, Home
 from outlast.checkpoint.load import Loaded, load
 from outlast.checkpoint.pending import PendingSave
+from outlast.checkpoint.prove import Proof, Trail
 from outlast.checkpoint.ranks import Ranks
 from outlast.checkpoint.save import Captured
 from outlast.checkpoint.signals import Signals
@@ -93,7 +94,9 @@ class Run:
         self._feeds = {id(item): self.state[key] for key, item in state.items()}
         self._policy = _policy(save_every)
         self._home = Home(url, name, keeping.Policy(keep, keep_every, best), secret_of(passphrase), clock, sink)
-        self._ranks = Ranks()
+        self._name, self._ranks = name, Ranks()
+        self._trail = Trail()
+        self._proof: Proof | None = None
         self._overlap, self._sink, self._clock = overlap, sink, clock
         self._stage = Stage()
         self._staged: Staged | None = None
@@ -102,6 +105,7 @@ class Run:
         self._stepped_at: dict[int, int] = {}
         self._is_inside_step = False
         self._last = self._began = self._saved_at = clock.monotonic_seconds()
+        self._saved_step = 0
         self._step_seconds = 0.0
         self._facts = schedule.Facts()
         self._life = _Life()
@@ -116,7 +120,7 @@ class Run:
         def before(*_: object) -> None:
             staged = self._staged
             if staged is not None:
-                staged.wait()
+                staged.hold()
                 self._staged = None
 
         def after(*_: object) -> None:
@@ -137,20 +141,23 @@ class Run:
         Raises `Corrupt` when there are checkpoints and none is whole: then the live state is a mixture, not to be
         trained with. Raises `Refused` when the state doesn't fit, or each of them was tried too often.
         """
+        self._proof = prove.ordered(self._name, self._home.disk, self._ranks, self.state, self._trail)
+        if self._proof is not None:
+            return self._begin_at(self._proof.begin())
         self._signals.answer()
         failure: Exception | None = None
         for each in self._ranks.main.from_first(self._home.candidates, list[Candidate]):
             if each.crashes >= crashes_max:
-                what = f"the run went on from it {each.crashes} times and saved no later one"
+                what = f"the run went on from it, died at the same step {each.crashes} times, and saved no later one"
                 failure = failure or Refused(f"checkpoint {each.snapshot[:8]} of step {each.step} is left out: {what}.")
                 self._skip(each, what)
                 continue
             tried = self._ranks.main.exchange(lambda each=each: self._try(each, same_environment), _Tried)  # type: ignore[misc]
             damage = next((rank.damage for rank in tried if rank.damage), "")
             if not damage:
-                tier, snapshot = self._home.find(each)
                 if self._ranks.is_first:
-                    tier.note_resumed(snapshot)
+                    self._home.begin(tried[0].step, each)
+                self._trail.went_on_from(each.snapshot)
                 self._life.failures += each.crashes + (not self._life.ended_well)
                 self._facts = schedule.Facts(failures=self._life.failures, run_seconds=self._life.run_seconds)
                 return self._begin_at(tried[0].step)
@@ -159,6 +166,8 @@ class Run:
             self._skip(each, f"it is damaged: {damage}")
         if failure is not None:
             raise failure
+        if self._ranks.is_first:
+            self._home.begin(0)
         return self._begin_at(0)
 
     def _try(self, candidate: Candidate, same_environment: bool) -> _Tried:
@@ -184,7 +193,7 @@ class Run:
             self._sink.event(Event("resume.different", f"resuming at step {loaded.step}: {note}"))
 
     def _begin_at(self, step: int) -> int:
-        self.finished_steps = step
+        self.finished_steps = self._saved_step = step
         self._saved_at = self._last = self._clock.monotonic_seconds()
         self._due_step, self._due_seconds = self._next_due()
         self._meet_step = step + 1
@@ -206,6 +215,7 @@ class Run:
             raise NotFound("the run has no checkpoint yet.")
         loaded = load(self._home.disk.repository, snapshot, self.state, self._ranks.rank, self._ranks.size)
         self._compare(loaded, same_environment=False)
+        self._trail.went_on_from(snapshot.id)
         return self._begin_at(loaded.step)
 
     def _skip(self, candidate: Candidate, what: str) -> None:
@@ -223,12 +233,18 @@ class Run:
             empty = True
             for batch in feed:
                 empty = False
-                self._is_inside_step = True
+                self.begin_step()
+                if self._trail.wants:
+                    self._trail.see(batch)
                 yield self.finished_steps, batch
                 if self.finished_steps >= until:
                     return
             if empty:
                 raise InvalidInput("the loader gave no batch in a whole epoch, so the run would never end.")
+
+    def begin_step(self) -> None:
+        """Say that a step begins: until `step` the state is not whole, and no exception saves it. `steps` says it."""
+        self._is_inside_step = True
 
     def step(self, **metrics: float) -> None:
         """Say that a step is complete, at the end of each iteration. Saves when due, and answers signals.
@@ -237,6 +253,7 @@ class Run:
         `KeyboardInterrupt` after SIGINT, when the state is saved.
         """
         self.finished_steps += 1
+        self._home.reached.steps[1] = self.finished_steps
         self._is_inside_step = False
         now = self._clock.monotonic_seconds()
         took, self._last = now - self._last, now
@@ -276,14 +293,14 @@ class Run:
         if asked:
             self._answer(asked, metrics)
         elif is_due and self._pending is None:
-            self.save(metrics)
+            self._save(metrics)
 
     def _answer(self, asked: int, metrics: Mapping[str, float]) -> None:
         if asked == signal.SIGUSR1:
-            self.save(metrics, in_memory=True)
+            self._save(metrics, in_memory=True)
             return
         self._life.ended_well = True
-        self.save(metrics).wait()
+        self._save(metrics).wait()
         self.close()
         if asked == signal.SIGTERM:
             raise SystemExit(TERMINATED)
@@ -297,6 +314,13 @@ class Run:
         `in_memory`: into the memory of this machine, where a later process of this run finds it; a reboot ends it.
         Where the ranks run on several machines, it goes to disk all the same.
         """
+        return self._save(metrics, in_memory=in_memory, asked=True)
+
+    def _save(self, metrics: Mapping[str, float], *, in_memory: bool = False, asked: bool = False) -> PendingSave:
+        if self._proof is not None:
+            return self._proof.instead_of_saving(
+                self.finished_steps, asked, lambda: live.capture(self.state, self._accumulating())
+            )
         self._end_pending(wait=True)
         began = self._clock.monotonic_seconds()
         in_memory = in_memory and self._ranks.is_one_host
@@ -311,7 +335,7 @@ class Run:
             if self._ranks.size == 1:
                 raise
         self._staged = None if staged.done else staged
-        facts = self._facts_of(began)
+        facts = {**self._facts_of(began), "since": self._trail.facts(asked=asked)}
         step = self.finished_steps
         tier = self._home.memory if in_memory else self._home.disk
         pending = PendingSave(step, staged, tier.verify)
@@ -334,6 +358,9 @@ class Run:
             pending.wait_done()  # the other ranks are told
             raise refused
         self._pending = pending
+        if not in_memory:
+            self._trail.saving()
+        self._saved_step = self._saved_step if in_memory else step
         self._last = self._saved_at = self._clock.monotonic_seconds()
         pending.cost_seconds = self._last - began
         self._due_step, self._due_seconds = self._next_due()
@@ -353,9 +380,11 @@ class Run:
 
     def _next_due(self) -> tuple[float, float]:
         """(step, moment): whichever of the two counts; the other is never."""
+        if self._proof is not None:
+            return self._proof.due_step, _NEVER
         after = schedule.interval(self._facts, self._policy)
         if after.steps:
-            return self.finished_steps + after.steps, _NEVER
+            return (self.finished_steps // after.steps + 1) * after.steps, _NEVER
         return _NEVER, self._saved_at + after.seconds - self._step_seconds / 2
 
     def _accumulating(self) -> set[int]:
@@ -375,21 +404,33 @@ class Run:
         if wait:
             pending.wait_done()
         self._pending = None
+        self._trail.saved(pending.snapshot)
         pending.raise_error()
         run_seconds = self._life.run_seconds + self._clock.monotonic_seconds() - self._began
         self._facts = schedule.Facts(pending.cost_seconds, pending.write_seconds, self._life.failures, run_seconds)
         self._due_step, self._due_seconds = self._next_due()
 
     def close(self) -> None:
-        """Wait for what is under way; raises what failed. Signals are no longer answered."""
+        """Save the last step, if it isn't yet, and wait until that is durable; raises what failed.
+
+        Signals are no longer answered.
+        """
         try:
             self._end_pending(wait=True)
+            if self.finished_steps != self._saved_step and not self._is_inside_step:
+                self._life.ended_well = True
+                self._save({})
+                self._end_pending(wait=True)
+            self._home.reached.end()
         finally:
-            self._signals.stop()
-            atexit.unregister(self._tell_unseen)
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks.clear()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._signals.stop()
+        atexit.unregister(self._tell_unseen)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def _tell_unseen(self) -> None:
         """At the end of a process that never closed its run."""
@@ -412,14 +453,20 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """After an exception the state is saved only where it is whole."""
-        if error is not None:
+        if error is None:
+            self.close()
+            return
+        try:
             self._on_uncaught(error)
-        self.close()
+            self._end_pending(wait=True)
+        finally:
+            self._let_go()
 
 
 def _resumable(item: Any) -> Any:
-    own = callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None))
-    return Feed(item) if isinstance(item, DataLoader) and not own else item
+    if isinstance(item, torch.optim.Optimizer) and type(item).__module__ == "accelerate.optimizer":
+        return getattr(item, "optimizer", item)  # a wrapper without state of its own, whose hooks nobody calls
+    return placed(item) if isinstance(item, DataLoader) or hasattr(item, "base_dataloader") else item
 
 
 def _policy(every: int | str) -> schedule.Policy:

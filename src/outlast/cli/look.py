@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from outlast.cli import runs
 from outlast.cli.command import CORRUPT, Argument, Call, Command
 from outlast.cli.protect import name_option, snapshot_argument, snapshot_document, tags_text
 from outlast.cli.text import (
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from outlast.backup.inspect import DiffReport, FileChange, FileSide, FileView
     from outlast.records import Entry, Snapshot
     from outlast.repo.formats import Tensor
+    from outlast.repo.repository import Repository
 
 _TENSORS_SHOWN = 20
 _CHANGES_SHOWN = 100
@@ -45,11 +47,21 @@ _KINDS = {
 )
 @name_option
 def show(call: Call, snapshot: str, path: str | None, name: str | None) -> int:
-    """List the files of a snapshot, and the tensors inside them: name, dtype, shape, bytes."""
+    """List the files of a snapshot, and the tensors inside them: name, dtype, shape, bytes.
+
+    Of a checkpoint of a training run: what was captured and what not, and where it comes from.
+    """
     from outlast.backup import inspect
 
     repository = call.readable_repository()
     chosen = call.snapshot(repository, snapshot, name)
+    if chosen.kind == "checkpoint" and not path:
+        from outlast.checkpoint.inventory import rank_files
+
+        ranks = rank_files(repository, chosen)
+        if ranks:  # else it was saved by another program, through torch.distributed.checkpoint
+            runs.show_checkpoint(call, chosen, ranks)
+            return 0
     views = inspect.show(repository, chosen, _below(os.fsencode(path)) if path else lambda entry: True)
     first = next(views, None)
     if path and first is None:
@@ -168,20 +180,32 @@ def _tensor_lines(view: FileView, snapshot: Snapshot, limit: int | None) -> Iter
 
 
 @click.command(cls=Command, codes=(10, 12, 20, 21))
-@click.argument("before", cls=Argument, metavar="BEFORE", help="The earlier snapshot.")
-@click.argument("after", cls=Argument, metavar="AFTER", help="The later one, or `latest`.")
+@click.argument("before", cls=Argument, metavar="BEFORE", help="The earlier snapshot, or RUN@STEP.")
+@click.argument("after", cls=Argument, metavar="AFTER", help="The later one, `latest`, RUN or RUN@STEP.")
 @name_option
 def diff(call: Call, before: str, after: str, name: str | None) -> int:
-    """Compare two snapshots: files and tensors added, removed, changed, and by how many bytes."""
+    """Compare two snapshots: files and tensors added, removed, changed, and by how many bytes.
+
+    Of two checkpoints of training runs: each tensor that changed, by how much, and every other value.
+    """
     import msgspec
 
     from outlast.backup import inspect
 
     repository = call.readable_repository()
-    old, new = call.snapshot(repository, before, name), call.snapshot(repository, after, name)
+    old, new = (call.snapshot(repository, each, name) for each in (before, after))
+    if all(each.kind == "checkpoint" and _is_of_run(repository, each) for each in (old, new)):
+        runs.diff_checkpoints(call, repository, old, new)
+        return 0
     report = inspect.diff(repository, old, new)
     call.result(msgspec.to_builtins(report), _diff_lines(report), always=True)
     return CORRUPT if report.problems else 0
+
+
+def _is_of_run(repository: Repository, snapshot: Snapshot) -> bool:
+    from outlast.checkpoint.description import ranks_of
+
+    return ranks_of({entry.path: entry for entry in repository.entries(snapshot)}) > 0
 
 
 def _diff_lines(report: DiffReport) -> Iterator[str]:
