@@ -38,6 +38,9 @@ ChunkRef = tuple[str, int]
 Hole = tuple[int, int]
 """(offset, length) of a run of zeros that takes no space in a sparse file"""
 
+Sum = tuple[int, int, list[str]]
+"""(number of a chunk in `Entry.chunks`, bytes of an element, the chunks that it is the sum of)"""
+
 
 class Entry(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """One file, folder or link of a backup; a line of the manifest.
@@ -61,6 +64,8 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """symlink: what it points to; hardlink: the path of the entry it is the same file as (both written as `path` is)"""
     chunks: list[ChunkRef] = []
     holes: list[Hole] = []
+    sums: list[Sum] = []
+    """those chunks that may not be stored themselves: each is the sum of stored ones, see `repo/difference.py`"""
     unstable: bool = False
     """The file kept changing while it was read; its content is one that may never have existed."""
     reason: str = ""
@@ -73,6 +78,27 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     @property
     def raw_target(self) -> bytes:
         return _raw(self.target)
+
+    @property
+    def stored(self) -> list[ChunkRef]:
+        """What holds the content: the chunks, and for sums what they are made of."""
+        return stored(self.chunks, self.sums) if self.sums else self.chunks
+
+    @property
+    def parts(self) -> dict[str, list[str]]:
+        """chunk -> what it is the sum of, for those that are one"""
+        return parts(self.chunks, self.sums)
+
+
+def stored(chunks: list[ChunkRef], sums: list[Sum]) -> list[ChunkRef]:
+    """See `Entry.stored`."""
+    of = parts(chunks, sums)
+    return [(part, length) for chunk, length in chunks for part in of.get(chunk, [chunk])]
+
+
+def parts(chunks: list[ChunkRef], sums: list[Sum]) -> dict[str, list[str]]:
+    """See `Entry.parts`; what no backup writes is left out."""
+    return {chunks[number][0]: ids for number, _, ids in sums if ids and 0 <= number < len(chunks)}
 
 
 def _raw(text: str) -> bytes:

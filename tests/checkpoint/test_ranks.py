@@ -12,6 +12,9 @@ import pytest
 
 from outlast.checkpoint.ranks import shares
 from outlast.checkpoint.schedule import Told, decide
+from outlast.repo.check import check
+from outlast.repo.repository import Repository
+from outlast.store.local import LocalStore
 
 TOGETHER = Path(__file__).with_name("together.py")
 
@@ -53,6 +56,24 @@ def test_another_number_of_ranks_goes_on(
         told = f"saved with {ranks} rank{'s' * (ranks > 1)}"
         assert any(told in reason and "resharding" in reason for reason in loaded[0]["told"]), loaded[0]["told"]
         assert len({each["drawn"] for each in loaded}) == others, "ranks draw the same random numbers"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "saved_as, loaded_as, others", [("differences", "load", 1), ("differences-sharded", "load-sharded", 3)]
+)
+def test_differences_of_several_ranks(saved_as: str, loaded_as: str, others: int, tmp_path: Path) -> None:
+    """A block that one rank keeps as a difference is the same to the others that have it."""
+    saved = scene(2, saved_as, tmp_path)
+    repository = Repository.open(LocalStore(str(tmp_path / "runs")))
+    entries = {entry.path: entry for entry in repository.entries(repository.snapshots()[-1])}
+    files = [f"rank-{rank:05d}/{part}.safetensors" for rank in range(2) for part in ("model", "optimizer")]
+    sums = [{entries[file].chunks[number][0] for number, _, _ in entries[file].sums} for file in files]
+    assert all(sums)
+    assert (sums[:2] == sums[2:]) == (saved_as == "differences")
+    assert check(repository, data="all").ok
+    for each in scene(others, loaded_as, tmp_path):
+        assert (each["step"], each["contents"]) == (3, saved[0]["contents"])
 
 
 @pytest.mark.slow

@@ -87,6 +87,19 @@ def save(rank: int, ranks: int, folder: Path, *, shards: bool) -> Any:
     return {"contents": contents(run.state), "snapshot": snapshot.id, "stored": snapshot.bytes_stored}
 
 
+def differences(rank: int, ranks: int, folder: Path, *, shards: bool) -> Any:
+    """Checkpoints that are built on each other."""
+    run = Run(str(folder / "runs"), name="x", state=made(ranks, shards=shards), save_every=10**9, delta=True)
+    run.resume()
+    for group in run.state["optimizer"].param_groups:
+        group["lr"] = 1e-5
+    for _ in range(3):
+        trained(run, 1)
+        run.save().wait()
+    run.close()
+    return {"contents": contents(run.state)}
+
+
 def load(rank: int, ranks: int, folder: Path, *, shards: bool) -> Any:
     told = Told()
     with Run(str(folder / "runs"), name="x", state=made(ranks, shards=shards), sink=told) as run:
@@ -163,6 +176,8 @@ def every_so_often(rank: int, ranks: int, folder: Path) -> Any:
 SCENES = {
     "save": lambda *given: save(*given, shards=False),
     "save-sharded": lambda *given: save(*given, shards=True),
+    "differences": lambda *given: differences(*given, shards=False),
+    "differences-sharded": lambda *given: differences(*given, shards=True),
     "load": lambda *given: load(*given, shards=False),
     "load-sharded": lambda *given: load(*given, shards=True),
     **{each.__name__: each for each in (one_dies, one_refuses, one_is_terminated, every_so_often)},

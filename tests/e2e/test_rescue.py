@@ -238,7 +238,7 @@ def test_plain_repositories_need_no_cryptography(tmp_path: Path, rescue: Rescue)
 
 def test_it_stays_one_short_file_that_stands_alone() -> None:
     text = SOURCE.read_text()
-    assert len(text.splitlines()) < 350
+    assert len(text.splitlines()) < 380
     allowed = set(sys.stdlib_module_names) - {"pickle", "marshal", "shelve"} | {"blake3", "zstandard", "cryptography"}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):

@@ -1,6 +1,7 @@
-"""Make the golden repositories of this format version: `python tests/formats/make.py tests/formats/v1`.
+"""Make the golden repositories of this format version: `python tests/formats/make.py tests/formats/v1 [sums]`.
 
-Run once per format version and commit the result; later versions must read it for ever.
+Run once per format version and commit the result; later versions must read it for ever. `sums`: only the one with the
+feature of that name, which came later.
 """
 
 from __future__ import annotations
@@ -10,18 +11,22 @@ import json
 import os
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 
 from outlast.backup.create import create
 from outlast.clock import ManualClock
-from outlast.records import Chunking
+from outlast.records import Chunking, Entry, Snapshot, time_text
 from outlast.repo import write
+from outlast.repo.copy import copy
+from outlast.repo.form import WAY_OUT
 from outlast.repo.repository import Repository
 from outlast.store.local import LocalStore
+from outlast.store.memory import MemoryStore
 
 PASSPHRASE = b"correct horse battery staple"
 SMALL = Chunking(block_bytes=16384, min_bytes=2048, avg_bytes=8192, max_bytes=32768)
@@ -67,6 +72,39 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
+def steps() -> list[bytes]:
+    """A training's state, some steps apart."""
+    random = np.random.default_rng(12)
+    state = {"w": random.normal(size=9000).astype(np.float32), "v": random.normal(size=4000)}
+    found = []
+    for _ in range(6):
+        found.append(save(state))
+        with np.errstate(invalid="ignore"):
+            state = {name: each * each.dtype.type(1.0001) for name, each in state.items()}
+        state["w"].view(np.uint32)[:4] = [0x7FC00001, 0xFFA00000, 0x80000000, 1]
+    return found
+
+
+def make_sums(target: Path) -> None:
+    clock = ManualClock(seed=3)
+    source = Repository.create(MemoryStore(), compression="none", chunking=SMALL, clock=clock)
+    for number, content in enumerate(steps()):
+        writer = source.writer()
+        head = 8 + int.from_bytes(content[:8], "little")
+        cuts = [0, *(head + at for at in (0, 16384, 32000, 48384, 64768, 68000))]
+        chunks = [writer.add(writer.prepare(content[start:end])) for start, end in pairwise(cuts)]
+        writer.add_entry(Entry("model.safetensors", "file", mode=0o644, size=len(content), chunks=chunks))
+        time = time_text((10**9 + number) * 10**9)
+        writer.commit(Snapshot(id="", kind="checkpoint", name="run", time=time, files=1, bytes=len(content)))
+    (target / "sums.json").write_text(json.dumps([hashlib.sha256(each).hexdigest() for each in steps()]) + "\n")
+    store = LocalStore(str(target / "sums"), clock)
+    repository = Repository.create(store, secret=lambda: PASSPHRASE, chunking=SMALL, pack_bytes=100_000, clock=clock)
+    assert not copy(source, repository, delta=True).failed
+    (target / "sums" / "tmp").rmdir()
+    for name in WAY_OUT:
+        (target / "sums" / name).unlink()
+
+
 def main(target: Path) -> None:
     write.SEGMENT_PACKS = 3
     with tempfile.TemporaryDirectory() as scratch:
@@ -85,4 +123,6 @@ def main(target: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if "sums" not in sys.argv:
+        main(Path(sys.argv[1]))
+    make_sums(Path(sys.argv[1]))

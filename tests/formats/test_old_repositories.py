@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from make import PASSPHRASE, contents
 
+from outlast import rescue
 from outlast.backup import restore
 from outlast.backup.tensors import restore_tensors
 from outlast.repo.check import check
@@ -36,3 +40,26 @@ def test_an_old_repository_is_read_for_ever(version: str, kind: str, tmp_path: P
     assert (tmp_path / "target" / "model.pt").stat().st_mtime_ns == 1_700_000_000_123_456_789
     restore_tensors(repository, golden, ["embed.weight"], str(tmp_path / "one.safetensors"))
     assert (tmp_path / "one.safetensors").stat().st_size > 64 * 96 * 4
+
+
+@pytest.mark.parametrize("version", sorted(path.parent.name for path in HERE.glob("v*/sums")))
+def test_old_sums_are_read_for_ever(version: str, tmp_path: Path) -> None:
+    shutil.copytree(HERE / version / "sums", tmp_path / "repo")
+    repository = Repository.open(LocalStore(str(tmp_path / "repo")), secret=lambda: PASSPHRASE)
+    assert check(repository, data="all").ok
+    expected = json.loads((HERE / version / "sums.json").read_text())
+    lengths = set()
+    for number, snapshot in enumerate(repository.snapshots()):
+        lengths |= {len(parts) for entry in repository.entries(snapshot) for _, _, parts in entry.sums}
+        done = restore.execute(repository, restore.plan(repository, snapshot, str(tmp_path / str(number))))
+        assert done.verified
+        ran = subprocess.run(
+            [sys.executable, rescue.__file__, str(tmp_path / "repo"), snapshot.id, str(tmp_path / f"rescued{number}")],
+            env={"OUTLAST_PASSPHRASE": PASSPHRASE.decode()},
+            capture_output=True,
+        )
+        assert ran.returncode == 0, ran.stderr
+        for way in (str(number), f"rescued{number}"):
+            found = hashlib.sha256((tmp_path / way / "model.safetensors").read_bytes()).hexdigest()
+            assert found == expected[number]
+    assert lengths == {2, 3, 4}

@@ -90,7 +90,7 @@ def commits_whatever_is_gone() -> Iterator[None]:
     append = Writer._append
 
     def careless(self: Writer, kind: str, body: dict[str, Any], relied_on: set[str]) -> None:
-        log = self._repository.log
+        log = self.repository.log
         log.swept = set()
         append(self, kind, body, {name for name in relied_on if name in log.state.condemned})
 

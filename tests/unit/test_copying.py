@@ -17,6 +17,7 @@ from outlast.events import ListSink
 from outlast.records import Chunking, Entry, Snapshot
 from outlast.repo import codec, seal
 from outlast.repo import copy as copying
+from outlast.repo import pairs as pairing
 from outlast.repo.check import open_and_check
 from outlast.repo.copy import CopyReport, Pairs, copy
 from outlast.repo.pack import EncodedChunk, object_name
@@ -138,8 +139,9 @@ def test_a_copy_is_the_same_snapshot(
     from_encrypted: bool, to_encrypted: bool, bounds: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if bounds == "tiny":
-        for name, bound in {"_BATCH_CHUNKS": 3, "_BATCH_ENTRIES": 2, "_BYTES_IN_FLIGHT": 1, "_RECENT_PAIRS": 4}.items():
+        for name, bound in {"_BATCH_CHUNKS": 3, "_BATCH_ENTRIES": 2, "_BYTES_IN_FLIGHT": 1}.items():
             monkeypatch.setattr(copying, name, bound)
+        monkeypatch.setattr(pairing, "_RECENT_PAIRS", 4)
     source, target = Place(from_encrypted), Place(to_encrypted)
     text = b"".join(b"line %d\n" % number for number in range(9000))
     files = {"a": noise(1), "b": noise(1) + noise(2), "empty": b"", "text": text, "z": b"z"}
@@ -464,7 +466,7 @@ def test_what_a_prune_takes_away_is_copied_again(times: int, to_encrypted: bool)
 
 
 def test_pairs_are_found_wherever_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copying, "_RECENT_PAIRS", 50)
+    monkeypatch.setattr(pairing, "_RECENT_PAIRS", 50)
     clock = ManualClock(seed=5)
     expected = {clock.random_bytes(32): clock.random_bytes(32) for _ in range(2000)}
     alike = bytes(31)

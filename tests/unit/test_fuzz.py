@@ -198,6 +198,7 @@ ENTRIES = [
     Entry("a%25/f", "file", size=10_000, chunks=[(CHUNK, 4000), (CHUNK, 1000)], holes=[(4000, 5000)], inode=5),
     Entry("a%25/g", "file", size=7, chunks=[(CHUNK, 7)], unstable=True),
     Entry("a%25/h", "hardlink", target="a%25/f"),
+    Entry("a%25/s", "file", size=8, chunks=[("22" * 32, 8)], sums=[(0, 4, [CHUNK, "33" * 32])]),
     Entry("l", "symlink", target="../x%FF"),
     Entry("p", "fifo"),
     Entry("u", "unreadable", reason="EACCES"),
@@ -400,7 +401,7 @@ def test_what_manifests_need(content: bytes, cuts: list[int]) -> None:
     with bounded(content), suppress(Corrupt):
         needs.needed_chunks(repository, [snapshot], taken.extend)
         entries = [entry for _, entry in manifest.validated(repository.entries(snapshot), snapshot.id)]
-        refs = [*snapshot.manifest, *(ref for entry in entries for ref in entry.chunks)]
+        refs = [*snapshot.manifest, *(ref for entry in entries for ref in entry.stored)]
         expected = {bytes.fromhex(chunk) for chunk, _ in refs}
         assert expected == {bytes(taken[at : at + 32]) for at in range(0, len(taken), 32)}
 
@@ -455,21 +456,30 @@ def test_snapshots_of_log_entries(line: bytes) -> None:
     numbers=st.lists(st.sampled_from([*EXTREMES, -1, -(2**63), 10**30]), min_size=7, max_size=7),
     holes=st.lists(st.tuples(st.integers(-5, 9), st.integers(-5, 9)), max_size=4),
     lengths=st.lists(st.integers(-2, 9), max_size=4),
+    sums=st.lists(st.tuples(st.integers(-2, 5), st.integers(-1, 9), st.lists(st.sampled_from([CHUNK, "x"])))),
 )
 def test_entries(
-    path: str, target: str, kind: Any, numbers: list[int], holes: list[tuple[int, int]], lengths: list[int]
+    path: str,
+    target: str,
+    kind: Any,
+    numbers: list[int],
+    holes: list[tuple[int, int]],
+    lengths: list[int],
+    sums: list[tuple[int, int, list[str]]],
 ) -> None:
     mode, uid, gid, mtime, ctime, inode, size = numbers
     chunks = [(CHUNK, length) for length in lengths]
     if size == 1:
         size = sum(lengths) + sum(length for _, length in holes)
-    entry = Entry(path, kind, mode, uid, gid, mtime, size, ctime, inode, target, chunks, holes)
+    entry = Entry(path, kind, mode, uid, gid, mtime, size, ctime, inode, target, chunks, holes, sums)
     with bounded(b""):
         if not manifest.entry_problem(entry) and kind == "file":
             places = [*manifest.chunk_spans(entry), *entry.holes]
             assert sum(length for _, length in places) == entry.size
+            assert all(0 <= number < len(chunks) and len(parts) >= 2 for number, _, parts in sums)
             assert sorted(start for start, _ in places) == sorted({start for start, _ in places})
         manifest.Order().add(entry)
+        assert len(entry.stored) >= len(chunks) or any(not parts for _, _, parts in sums)
 
 
 # -- model files ---------------------------------------------------------------------------------

@@ -289,7 +289,7 @@ class _Backup:
             or old.ctime_ns != status.st_ctime_ns
             or old.inode != status.st_ino
             or status.st_ctime_ns >= self._trusted_before_ns
-            or not writer.has(old.chunks)
+            or not writer.has(old.stored)
         ):
             return None
         return old

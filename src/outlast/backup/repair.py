@@ -122,7 +122,13 @@ def _mend(found: Examined, origin: Origin | None, tried: set[bytes], report: Rep
 
 def _lost_file(view: Repository, hurt: HurtFile, lost: dict[bytes, int]) -> LostFile:
     entry = hurt.entry
-    gaps = [(offset, ref[1]) for offset, ref in chunk_offsets(entry) if bytes.fromhex(ref[0]) in lost]
+    view.sums.learn(entry)
+    parts = entry.parts
+    gaps = [
+        (offset, length)
+        for offset, (chunk, length) in chunk_offsets(entry)
+        if any(bytes.fromhex(part) in lost for part in parts.get(chunk, [chunk]))
+    ]
     report = LostFile(entry.path, list(hurt.snapshots), entry.size, sum(length for _, length in gaps))
     read = Content(entry, RecentChunks(view).get).read
     try:

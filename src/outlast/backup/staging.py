@@ -272,6 +272,7 @@ class Staging:
 
     def _want(self, raw: bytes, entry: Entry, places: list[Place], *, there: bool) -> None:
         size = entry.size
+        self._repository.sums.learn(entry)  # whoever made the plan may have opened the repository anew since
         if not there and len(places) == 1 and places[0][1][1] == size:
             chunk, length = places[0][1]
             self._wanted.setdefault(bytes.fromhex(chunk), []).append((_File(raw, entry, 0), 0, length))

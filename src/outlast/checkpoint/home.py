@@ -55,6 +55,8 @@ class Tier:
         self._dropped_bytes = 0
         self.was_damaged = False
         """Damage was seen: what new work would rely on is read first."""
+        self.delta = False
+        """Only differences from the checkpoint before are stored, where they are smaller."""
 
     def anew(self) -> Tier:
         """The same place, of which nothing is known."""
@@ -105,8 +107,12 @@ class Tier:
             )
         for left in reversed(range(_TRIES)):
             self.repository.refresh()
+            made = self.checkpoints() if self.delta else []
+            before, trusting = made[-1][1] if made else None, not self.was_damaged
             try:
-                return saving.persist(self.repository, self._name, captured, tags, ranks, trusting=not self.was_damaged)
+                return saving.persist(
+                    self.repository, self._name, captured, tags, ranks, trusting=trusting, before=before
+                )
             except Busy:  # somebody's prune took what it relied on
                 if not left:
                     raise

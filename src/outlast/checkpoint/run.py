@@ -74,6 +74,7 @@ class Run:
         keep: int = 3,
         keep_every: int = 0,
         best: str = "",
+        delta: bool = False,
         overlap: bool = True,
         passphrase: Passphrase | None = None,
         sink: EventSink = LOG_SINK,
@@ -82,9 +83,10 @@ class Run:
         """`save_every`: steps, or seconds as in "90s", or "auto". `best`: "loss:min", by the metrics given to `step`.
 
         Kept are the last `keep` checkpoints, each whose step is a multiple of `keep_every`, the best one, and the
-        newest whose metrics are all numbers. Without `overlap` everything is copied within the call that saves,
-        for a training that changes parameters elsewhere than in the step of an optimizer. With a `passphrase` the
-        repository is encrypted.
+        newest whose metrics are all numbers. With `delta` dense states are stored as exact differences from the
+        checkpoint before, which takes less space and more work. Without `overlap` everything is copied within the
+        call that saves, for a training that changes parameters elsewhere than in the step of an optimizer. With a
+        `passphrase` the repository is encrypted.
         """
         live.check(state)
         self.finished_steps = 0
@@ -94,6 +96,7 @@ class Run:
         self._feeds = {id(item): self.state[key] for key, item in state.items()}
         self._policy = _policy(save_every)
         self._home = Home(url, name, keeping.Policy(keep, keep_every, best), secret_of(passphrase), clock, sink)
+        self._home.disk.delta = delta
         self._name, self._ranks = name, Ranks()
         self._trail = Trail()
         self._proof: Proof | None = None

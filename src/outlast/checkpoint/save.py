@@ -23,8 +23,11 @@ from outlast.checkpoint.stage import Place
 from outlast.checkpoint.state import Part
 from outlast.errors import Refused
 from outlast.records import ChunkRef, Entry, Snapshot
+from outlast.repo import deltas
+from outlast.repo.deltas import Block, Kept
 from outlast.repo.repository import Repository
-from outlast.repo.write import Contribution, Prepared, Writer
+from outlast.repo.sums import Parts
+from outlast.repo.write import Contribution, Writer
 
 _PIECES_IN_FLIGHT = 8
 
@@ -77,13 +80,16 @@ def persist(
     ranks: Ranks,
     *,
     trusting: bool = True,
+    before: Snapshot | None = None,
 ) -> Snapshot:
     """Store and commit one checkpoint; every rank calls it and gets the same snapshot.
 
-    Unless `trusting`, packs that it would rely on are read first.
+    Unless `trusting`, packs that it would rely on are read first. `before`: an earlier checkpoint in the same
+    repository, from which only the differences are stored where they are smaller.
     Raises `StoreFull`, `Unavailable`, `Busy`, on all ranks; what was committed before is whole.
     """
     now_ns = repository.clock.now_ns()
+    old = deltas.before(repository, before) if before else {}
     writer = repository.writer(trusting=trusting)
     files: dict[str, list[_Piece]] = {}
     try:
@@ -101,12 +107,13 @@ def persist(
 
             held = ranks.save.exchange(hold, _Held)
             mine = shares([each.chunks for each in held])[ranks.rank]
-            stored = ranks.save.exchange(lambda: _store(writer, pool, files, mine, ranks, now_ns), _Stored)
+            stored = ranks.save.exchange(lambda: _store(writer, pool, files, mine, old, ranks, now_ns), _Stored)
 
         def commit() -> Snapshot:
             if len({each.step for each in held}) > 1:
                 raise Refused(f"the ranks are at different steps: {[each.step for each in held]}; nothing was saved.")
-            entries = _with_folders([entry for each in stored for entry in each.entries], now_ns)
+            entries = deltas.with_all_sums([entry for each in stored for entry in each.entries])
+            entries = _with_folders(entries, now_ns)
             for each in stored[1:]:
                 writer.take(each.contribution)
             if ranks.size > 1:
@@ -165,32 +172,54 @@ def _store(
     pool: ThreadPoolExecutor,
     files: Mapping[str, list[_Piece]],
     mine: set[str],
+    old: Mapping[str, Mapping[int, Block]],
     ranks: Ranks,
     now_ns: int,
 ) -> _Stored:
     entries = []
     for file, pieces in files.items():
-        chunks = list(_add(writer, pool, pieces, mine))
         path = folder_of(ranks.rank, ranks.size) + file
-        size = sum(length for _, length in chunks)
-        entries.append(Entry(path=path, type="file", mode=0o644, mtime_ns=now_ns, size=size, chunks=chunks))
+        kept: dict[str, Parts] = {}
+        chunks = list(_add(writer, pool, pieces, mine, old.get(path, {}), kept))
+        entry = Entry(path=path, type="file", mode=0o644, mtime_ns=now_ns, size=sum(length for _, length in chunks))
+        entries.append(deltas.with_sums(entry, chunks, kept))
     of_first = Contribution([], [], 0, 0)  # its commit makes it durable
     return _Stored(entries, of_first if ranks.is_first else writer.contribute())
 
 
-def _add(writer: Writer, pool: ThreadPoolExecutor, pieces: list[_Piece], mine: set[str]) -> Iterator[ChunkRef]:
-    """Hash and encode in the pool, a few pieces ahead of what is added. What is another's to store is named alone."""
-    waiting: deque[Future[Prepared] | ChunkRef] = deque()
+def _add(
+    writer: Writer,
+    pool: ThreadPoolExecutor,
+    pieces: list[_Piece],
+    mine: set[str],
+    old: Mapping[int, Block],
+    kept: dict[str, Parts],
+) -> Iterator[ChunkRef]:
+    """Hash and encode in the pool, a few pieces ahead of what is added. What is another's to store is named alone.
+
+    `kept` learns which chunks are kept as sums.
+    """
+    waiting: deque[Future[Kept] | ChunkRef] = deque()
 
     def first() -> ChunkRef:
         each = waiting.popleft()
-        return writer.add(each.result()) if isinstance(each, Future) else each
+        if not isinstance(each, Future):
+            return each
+        found = each.result()
+        writer.add(found.prepared)
+        if found.parts is not None:
+            kept[found.id.hex()] = found.parts
+        return found.ref
 
+    at = 0
     for data, item_bytes, chunk in pieces:
         if not chunk or chunk.hex() in mine:
-            waiting.append(pool.submit(writer.prepare, data, item_bytes, lasting=True, chunk=chunk))
+            waiting.append(
+                pool.submit(deltas.prepare, writer, data, item_bytes, old.get(at), lasting=True, chunk=chunk)
+            )
         else:
             waiting.append((chunk.hex(), len(data)))
+        at += len(data)
         if len(waiting) > _PIECES_IN_FLIGHT:
             yield first()
     while waiting:

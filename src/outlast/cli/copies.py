@@ -77,6 +77,7 @@ class _Source(Call):
 @click.option("--from", "source", required=True, metavar="URL", help="The repository to copy from; it is only read.")
 @click.option("--to", "target", metavar="URL", help="The repository to copy to. Default: --repo or OUTLAST_REPO.")
 @click.option("--name", metavar="NAME", help="Only snapshots of this name.")
+@click.option("--delta", is_flag=True, help="Keep checkpoints small: as exact differences from the one before.")
 @click.option(
     "--from-passphrase-file",
     metavar="FILE",
@@ -89,13 +90,15 @@ def copy(
     source: str,
     target: str | None,
     name: str | None,
+    delta: bool,
     from_passphrase_file: str | None,
     from_passphrase_command: str | None,
 ) -> int:
     """Copy snapshots to another repository: only what it lacks, every chunk verified.
 
     The copies are the same snapshots, with the same ids. Both repositories may be encrypted, each
-    with its own passphrase. Copying again copies what is new.
+    with its own passphrase. Copying again copies what is new. For a place where checkpoints are kept long,
+    --delta makes them smaller, and slower to store; reading them back is exact.
     """
     import msgspec
 
@@ -115,7 +118,7 @@ def copy(
     with _naming(call, "copying to", "--to", f"{VARIABLE}, --passphrase-file or --passphrase-command"):
         copied_to = call.repository()
     with _naming_both(copied_from, copied_to, chosen, name):
-        report = run(copied_from, copied_to, chosen, name=name)
+        report = run(copied_from, copied_to, chosen, name=name, delta=delta)
     call.warnings += origin.warnings
     call.result(msgspec.to_builtins(report), _report_lines(report), always=bool(report.failed))
     # Of a source with a damaged log nobody knows which snapshots it lacks.

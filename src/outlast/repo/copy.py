@@ -3,28 +3,34 @@
 Chunk ids are equal in two repositories that are not encrypted: a chunk that the target has is never
 read. Where one of them is encrypted the same content has another id in each; which id stands for
 which is learned by reading a chunk, or without reading it from the manifests of a snapshot that both
-have. A chunk keeps its encoded form: it is opened, verified and sealed again, not compressed again.
+have. A chunk keeps its encoded form: it is opened, verified and sealed again, not compressed again;
+unless deltas are asked for, which are made of the blocks of checkpoints' tensors, and those are compressed.
+Blocks that are sums in the source are sums of the same parts in the target, or whole where it knows no sums.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
 import msgspec
-import numpy as np
 
 from outlast.errors import Busy, Corrupt, Exists, NotFound, OutlastError, Refused
 from outlast.events import Event, Progress
 from outlast.records import ChunkRef, Entry, Snapshot
-from outlast.repo import codec, seal
+from outlast.repo import codec, deltas, formats, seal
+from outlast.repo.content import Content, RecentChunks
+from outlast.repo.deltas import Block, Kept
+from outlast.repo.formats import Span
 from outlast.repo.manifest import validated
 from outlast.repo.pack import object_name
+from outlast.repo.pairs import Pairs
 from outlast.repo.read import Range, ranges
-from outlast.repo.repository import Repository
+from outlast.repo.repository import Repository, chunk_offsets
+from outlast.repo.sums import Parts
 from outlast.repo.write import Prepared
 
 FILES_MAX = 100
@@ -33,7 +39,6 @@ _BYTES_IN_FLIGHT = 64 << 20
 _RANGES_IN_FLIGHT = 64
 _BATCH_CHUNKS = 16 << 10
 _BATCH_ENTRIES = 16 << 10
-_RECENT_PAIRS = 32 << 10
 _CODECS = {"auto": {codec.RAW, codec.ZSTD, codec.PLANES}, "zstd": {codec.RAW, codec.ZSTD}, "none": {codec.RAW}}
 """what the compression of a repository allows in it"""
 
@@ -70,12 +75,19 @@ class CopyReport(msgspec.Struct):
 
 
 def copy(
-    source: Repository, target: Repository, references: Sequence[str] = (), *, name: str | None = None
+    source: Repository,
+    target: Repository,
+    references: Sequence[str] = (),
+    *,
+    name: str | None = None,
+    delta: bool = False,
 ) -> CopyReport:
     """Copy the snapshots that the target lacks, in the order in which the source committed them.
 
     `references` are the beginnings of ids, or `latest`; without them all snapshots are meant. With
-    `name` only those of that name are looked at. A snapshot is the same one in the target: id, time,
+    `name` only those of that name are looked at. With `delta` checkpoints are stored as differences from
+    the one before of that name in the target, where these are smaller; not in a target that was made
+    before there were any. A snapshot is the same one in the target: id, time,
     tags and parent are kept; `bytes_added`, `bytes_stored` and the chunk ids are the target's own.
 
     A snapshot with damage in the source is named in the report and not committed; the others go on.
@@ -93,7 +105,10 @@ def copy(
         )
     started = target.clock.monotonic_seconds()
     with ThreadPoolExecutor(_workers(source), thread_name_prefix="copy") as pool:
-        run = _Run(source, target, pool)
+        run = _Run(source, target, pool, delta=delta and deltas.are_allowed(target))
+        if delta and not run.delta:
+            what = "was made before there were deltas, so that whole blocks are stored."
+            target.sink.event(Event("copy.no_deltas", f"the repository at {target.store.url} {what}"))
         run.copy(_chosen(source, references, name))
     run.report.seconds = target.clock.monotonic_seconds() - started
     return run.report
@@ -117,7 +132,8 @@ def _chosen(source: Repository, references: Sequence[str], name: str | None) -> 
 class _Run:
     """One call of `copy`: what is known from one snapshot to the next."""
 
-    def __init__(self, source: Repository, target: Repository, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, source: Repository, target: Repository, pool: ThreadPoolExecutor, *, delta: bool) -> None:
+        self.delta = delta
         self.source = source
         self.target = target
         self.pool = pool
@@ -225,7 +241,9 @@ class _Run:
             for old, new in zip(self.source.entries(near, self.read_manifest_chunk), theirs, strict=True):
                 if _without_ids(old) != _without_ids(new):
                     return
-                for (old_chunk, _), (new_chunk, _) in zip(old.chunks, new.chunks, strict=True):
+                alike = [each[:2] for each in old.sums] == [each[:2] for each in new.sums]
+                refs = zip(old.stored, new.stored, strict=True) if alike else ()
+                for (old_chunk, _), (new_chunk, _) in [*zip(old.chunks, new.chunks, strict=True), *refs]:
                     pairs.put(bytes.fromhex(old_chunk), bytes.fromhex(new_chunk))
         except (Corrupt, ValueError) as exc:
             self._tell("manifest.damaged", near, f"can't be compared, so more is read: {exc}")
@@ -241,14 +259,14 @@ def _id_key(repository: Repository) -> bytes | None:
 
 
 def _without_ids(entry: Entry) -> tuple[Entry, list[int]]:
-    return msgspec.structs.replace(entry, chunks=[]), [length for _, length in entry.chunks]
+    return msgspec.structs.replace(entry, chunks=[], sums=[]), [length for _, length in entry.chunks]
 
 
 class _Read(msgspec.Struct):
     """What one range gave: chunks by their ids in the source, ready for the target."""
 
     bytes_read: int = 0
-    chunks: list[tuple[bytes, Prepared]] = []
+    chunks: list[tuple[bytes, Kept]] = []
     lost: list[tuple[bytes, str]] = []
 
 
@@ -262,6 +280,20 @@ class _Session:
         self._run = run
         self._snapshot = snapshot
         self._allowed = _CODECS[run.target.format.compression]
+        self._keeps_sums = deltas.are_allowed(run.target)
+        self._delta = run.delta and snapshot.kind == "checkpoint"
+        loses_sums = deltas.are_allowed(run.source) and not self._keeps_sums
+        self._rewrites = run.pairs is not None or self._delta or loses_sums
+        """the manifest is not the one of the source, chunk by chunk"""
+        self._before = self._last_in_target() if self._delta else {}
+        self._aims: dict[bytes, tuple[int, Block | None]] = {}
+        """chunks of the source, of tensors -> bytes of an element, and what the target has in the place so far"""
+        self._sums: dict[bytes, tuple[int, int]] = {}
+        """sums of the source that must be added up -> bytes of an element, plain bytes"""
+        self._parts: dict[bytes, bool] = {}
+        """of sums of the source -> whether it is a difference. In the target they are stored, and no sums"""
+        self._kept: dict[bytes, Parts] = {}
+        """chunks of the source -> what they are the sum of in the target"""
         self._manifest_chunks: list[Prepared] = []
         self._wanted: dict[bytes, int] = {}
         """chunks to read -> plain bytes"""
@@ -283,7 +315,7 @@ class _Session:
             if done_files % 256 == 0 or entry.size > 1 << 20:
                 run.progress(done_bytes, done_files)
         self._settle()
-        if run.pairs is None:
+        if not self._rewrites:
             self.manifest = self._snapshot.manifest
         if not self._problem:
             return None
@@ -308,24 +340,72 @@ class _Session:
 
     def _manifest_chunk(self, chunk: bytes) -> bytes | memoryview:
         run = self._run
-        if run.pairs is None and self.writer.has([(chunk.hex(), 0)]):
+        if not self._rewrites and self.writer.has([(chunk.hex(), 0)]):
             try:
                 return run.target.get_chunk(chunk)
             except Corrupt as exc:
                 run.target.sink.event(Event("pack.damaged", f"{exc.message} It is read from the source instead."))
         plain = run.read_manifest_chunk(chunk)
-        if run.pairs is None:
+        if not self._rewrites:
             self._manifest_chunks.append(self.writer.prepare(plain))
         return plain
 
     def _take(self, entry: Entry) -> None:
-        for ref in entry.chunks:
+        if self._delta and entry.type == "file":
+            self._aim(entry)
+        for ref in self._refs(entry):
             self._want(ref)
             if len(self._wanted) >= _BATCH_CHUNKS:
                 self._fetch()
         self._waiting.append(entry)
-        if not self._wanted or len(self._waiting) >= _BATCH_ENTRIES:
+        if not (self._wanted or self._sums) or len(self._waiting) >= _BATCH_ENTRIES:
             self._settle()
+
+    def _refs(self, entry: Entry) -> list[ChunkRef]:
+        """What of an entry has to be in the target. Notes the sums whose bytes have to be known as well."""
+        if not entry.sums:
+            return entry.chunks
+        run = self._run
+        for number, item_bytes, parts in entry.sums:
+            chunk, length = bytes.fromhex(entry.chunks[number][0]), entry.chunks[number][1]
+            self._parts.update((bytes.fromhex(part), at > 0) for at, part in enumerate(parts))
+            ours = chunk if run.pairs is None else run.pairs.get(chunk)
+            if ours is None or not (self._keeps_sums or self.writer.has([(ours.hex(), length)])):
+                self._sums[chunk] = item_bytes, length
+        if self._keeps_sums:
+            return entry.stored
+        parts_of = entry.parts
+        return [ref for ref in entry.chunks if ref[0] not in parts_of]
+
+    def _last_in_target(self) -> dict[str, dict[int, Block]]:
+        """The chunks of the checkpoint before this one, as the target has it."""
+        mine, target = self._snapshot, self._run.target
+        found = [
+            each
+            for each in target.snapshots()
+            if (each.kind, each.name) == (mine.kind, mine.name) and each.time < mine.time
+        ]
+        return deltas.before(target, max(found, key=lambda each: each.time)) if found else {}
+
+    def _aim(self, entry: Entry) -> None:
+        """Note what the chunks of a file's tensors may be built on, and which are there already as sums."""
+        run = self._run
+        try:
+            spans = formats.spans(Content(entry, RecentChunks(run.source).get).read, entry.size) or []
+        except Corrupt:
+            return  # told when the chunk is copied
+        before = self._before.get(entry.path, {})
+        starts = [span.offset for span in spans]
+        summed = entry.parts
+        for offset, (chunk, length) in chunk_offsets(entry):
+            span = spans[bisect_right(starts, offset) - 1] if starts and starts[0] <= offset else Span(0, 0, 0)
+            if chunk in summed or not span.item_bytes or offset + length > span.offset + span.length:
+                continue
+            raw, old = bytes.fromhex(chunk), before.get(offset)
+            self._aims[raw] = span.item_bytes, old
+            ours = raw if run.pairs is None else run.pairs.get(raw)
+            if old is not None and old.id == ours and old.parts.item_bytes and deltas.has(self.writer, old):
+                self._kept[raw] = old.parts
 
     def _want(self, ref: ChunkRef) -> None:
         """Note what has to be read: nothing, where the target is known to have the chunk."""
@@ -337,6 +417,8 @@ class _Session:
             self._lose(f"chunk {ref[0][:16]} is in no readable pack.", chunk)
         elif location.plain_bytes != ref[1]:
             self._lose(f"chunk {ref[0][:16]} is {location.plain_bytes} bytes long, not {ref[1]}.", chunk)
+        elif chunk in self._kept and chunk not in self._parts:
+            pass  # a sum of what the target has
         elif ours is None or not self.writer.has([(ours.hex(), ref[1])]):
             self._wanted[chunk] = ref[1]
 
@@ -349,23 +431,31 @@ class _Session:
         """Store the chunks of the entries that wait, and let the entries go."""
         self._fetch()
         for entry in self._waiting:
-            if self._lost and any(bytes.fromhex(chunk) in self._lost for chunk, _ in entry.chunks):
+            if self._lost and any(bytes.fromhex(chunk) in self._lost for chunk, _ in [*entry.chunks, *entry.stored]):
                 self._files_lost += 1
                 if len(self._files) < FILES_MAX:
                     self._files.append(entry.path)
-            elif self._run.pairs is not None and not self._problem:
-                self.writer.add_entry(self._translated(entry, self._run.pairs))
+            elif self._rewrites and not self._problem:
+                self.writer.add_entry(self._translated(entry))
         self._waiting.clear()
 
-    def _translated(self, entry: Entry, pairs: Pairs) -> Entry:
-        chunks = [(pairs[bytes.fromhex(chunk)].hex(), length) for chunk, length in entry.chunks]
-        return msgspec.structs.replace(entry, chunks=chunks) if chunks else entry
+    def _translated(self, entry: Entry) -> Entry:
+        pairs = self._run.pairs
+
+        def ours(chunk: str) -> str:
+            return chunk if pairs is None else pairs[bytes.fromhex(chunk)].hex()
+
+        chunks = [(ours(chunk), length) for chunk, length in entry.chunks]
+        made = {chunk: self._kept.get(bytes.fromhex(chunk)) for chunk, _ in entry.chunks} if self._kept else {}
+        kept = {ours(chunk): parts for chunk, parts in made.items() if parts}
+        if self._keeps_sums:
+            for number, item_bytes, parts in entry.sums:
+                kept[chunks[number][0]] = Parts(item_bytes, tuple(bytes.fromhex(ours(part)) for part in parts))
+        return deltas.with_sums(entry, chunks, kept) if chunks else entry
 
     def _fetch(self) -> None:
         """Read what is wanted, several ranges at once, and store it in the order of the ranges."""
         wanted, self._wanted = self._wanted, {}
-        if not wanted:
-            return
         queue: deque[tuple[int, Future[_Read]]] = deque()
         in_flight = 0
         try:
@@ -380,18 +470,51 @@ class _Session:
         finally:
             for _, future in queue:
                 future.cancel()
+        self._add_up()
+
+    def _add_up(self) -> None:
+        """Learn the ids that sums have in the target; store them whole where it knows no sums."""
+        wanted, self._sums = list(self._sums.items()), {}
+        while wanted:
+            batch: dict[bytes, int] = {}
+            batch_bytes = 0
+            while wanted and batch_bytes < _BYTES_IN_FLIGHT:
+                chunk, (item_bytes, length) = wanted.pop()
+                batch[chunk] = item_bytes
+                batch_bytes += length
+            self._add_up_some(batch)
+
+    def _add_up_some(self, batch: dict[bytes, int]) -> None:
+        run = self._run
+        found: list[tuple[bytes, Kept]] = []
+
+        def take(chunk: bytes, plain: bytes | memoryview) -> None:
+            if self._keeps_sums:
+                prepared = Prepared(seal.chunk_id(plain, run.target.keys), len(plain))
+            else:
+                prepared = self.writer.prepare(plain, batch[chunk])
+            found.append((chunk, deltas.whole(prepared)))
+
+        done = run.source.fetch(batch, take, lambda chunk, exc: self._lose(exc.message, chunk))
+        run.report.bytes_read += done.bytes
+        self._add(found)
 
     def _store_next(self, queue: deque[tuple[int, Future[_Read]]]) -> int:
         size, future = queue.popleft()
         found = future.result()
         self._run.report.bytes_read += found.bytes_read
-        for chunk, prepared in found.chunks:
-            if self._run.pairs is not None:
-                self._run.pairs.put(chunk, prepared.id)
-            self.writer.add(prepared)
+        self._add(found.chunks)
         for chunk, problem in found.lost:
             self._lose(problem, chunk)
         return size
+
+    def _add(self, chunks: list[tuple[bytes, Kept]]) -> None:
+        for chunk, kept in chunks:
+            if self._run.pairs is not None:
+                self._run.pairs.put(chunk, kept.id)
+            self.writer.add(kept.prepared)
+            if kept.parts is not None:
+                self._kept[chunk] = kept.parts
 
     def _read(self, part: Range) -> _Read:
         """In a worker: read, verify, give what the target is to store."""
@@ -407,66 +530,23 @@ class _Session:
             at = location.offset - part.start
             try:
                 encoded, plain = source.unseal_chunk(chunk, location, view[at : at + location.stored_bytes])
-                prepared = self._prepared(chunk, location.codec, encoded, plain)
+                kept = self._prepared(chunk, location.codec, encoded, plain)
             except Corrupt:
                 try:
-                    plain = source.get_chunk(chunk)  # another copy of it, or what a prune made of it
+                    plain = source.get_stored(chunk)  # another copy of it, or what a prune made of it
                 except Corrupt as exc:
                     found.lost.append((chunk, exc.message))
                     continue
                 found.bytes_read += location.stored_bytes
-                prepared = self.writer.prepare(plain)
-            found.chunks.append((chunk, prepared))
+                kept = self._prepared(chunk, -1, b"", plain)
+            found.chunks.append((chunk, kept))
         return found
 
-    def _prepared(self, chunk: bytes, used: int, encoded: bytes | memoryview, plain: bytes | memoryview) -> Prepared:
-        if used not in self._allowed:
-            return self.writer.prepare(plain)
+    def _prepared(self, chunk: bytes, used: int, encoded: bytes | memoryview, plain: bytes | memoryview) -> Kept:
+        if chunk in self._aims and chunk not in self._parts:
+            return deltas.prepare(self.writer, plain, *self._aims[chunk])
+        if used not in self._allowed and (used < 0 or not self._parts.get(chunk)):
+            return deltas.whole(self.writer.prepare(plain))
         ours = chunk if self._run.pairs is None else seal.chunk_id(plain, self._run.target.keys)
-        return Prepared(ours, len(plain), used, bytes(encoded))  # a slice would keep all of the range in memory
-
-
-class Pairs:
-    """Chunk id -> chunk id, at some 80 bytes a pair: sorted rows, and those that came last in a dict."""
-
-    def __init__(self) -> None:
-        self._rows = np.empty((0, 64), np.uint8)
-        self._heads = memoryview(b"").cast("Q")
-        self._recent: dict[bytes, bytes] = {}
-
-    def __len__(self) -> int:
-        return len(self._rows) + len(self._recent)
-
-    def __getitem__(self, old: bytes) -> bytes:
-        new = self.get(old)
-        if new is None:
-            raise KeyError(old)
-        return new
-
-    def get(self, old: bytes) -> bytes | None:
-        recent = self._recent.get(old)
-        if recent is not None:
-            return recent
-        head = int.from_bytes(old[:8], "big")
-        at = bisect_left(self._heads, head)
-        while at < len(self._heads) and self._heads[at] == head:
-            row: bytes = self._rows[at].tobytes()
-            if row[:32] == old:
-                return row[32:]
-            at += 1
-        return None
-
-    def put(self, old: bytes, new: bytes) -> None:
-        if self.get(old) is None:
-            self._recent[old] = new
-            if len(self._recent) >= max(_RECENT_PAIRS, len(self._rows) // 8):
-                self._sort()
-
-    def _sort(self) -> None:
-        recent = np.frombuffer(b"".join(old + new for old, new in self._recent.items()), np.uint8).reshape(-1, 64)
-        rows = np.concatenate([self._rows, recent])
-        heads = rows[:, :8].copy().view(">u8").ravel().astype(np.uint64)
-        order = np.argsort(heads, kind="stable")
-        self._rows = rows[order]
-        self._heads = heads[order].data
-        self._recent = {}
+        # A slice would keep all of the range in memory.
+        return deltas.whole(Prepared(ours, len(plain), used, bytes(encoded)))

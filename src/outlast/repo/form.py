@@ -14,8 +14,11 @@ from outlast.repo import pack
 from outlast.store.base import ObjectStore
 from outlast.store.lock import LOCK_DAYS_MAX
 
-FEATURES: list[str] = []
-"""Mandatory features this version knows beyond format version 1: none yet."""
+SUMS = "sums"
+"""Manifests may say that a chunk is the sum of others. Who doesn't know it would prune those."""
+
+FEATURES = [SUMS]
+"""Mandatory features this version knows beyond format version 1. New repositories have all of them."""
 
 PACK_BYTES_MAX = 1 << 30
 OBJECT_BYTES_MAX = 1 << 20

@@ -9,6 +9,7 @@ import msgspec
 from outlast import records
 from outlast.errors import Corrupt
 from outlast.records import Entry
+from outlast.repo.difference import ITEM_BYTES, PARTS_MAX
 from outlast.repo.pack import CHUNK_BYTES_MAX
 from outlast.repo.repository import chunk_offsets
 
@@ -64,7 +65,7 @@ def entry_problem(entry: Entry, *, root: bool = False) -> str:
         if not low <= getattr(entry, name) <= high:
             return f"has an impossible {name}, {getattr(entry, name)}"
     if entry.type == "file":
-        return _content_problem(entry)
+        return _content_problem(entry) or (_sums_problem(entry) if entry.sums else "")
     if entry.type == "symlink" and (not entry.target or b"\0" in entry.raw_target):
         return "is a symlink to a name that can't exist"
     if entry.type == "hardlink" and not _is_earlier(entry.raw_target, entry.raw_path):
@@ -164,6 +165,20 @@ def _content_problem(entry: Entry) -> str:
     starts = {offset + length for offset, length in chunk_spans(entry)} | {0} | {a + b for a, b in entry.holes}
     if any(offset not in starts for offset, _ in entry.holes):
         return "has a hole in the middle of a chunk"
+    return ""
+
+
+def _sums_problem(entry: Entry) -> str:
+    before = -1
+    for number, item_bytes, parts in entry.sums:
+        if not before < number < len(entry.chunks):
+            return "names sums of chunks that it doesn't have"
+        length = entry.chunks[number][1]
+        if item_bytes not in ITEM_BYTES or length % item_bytes or not 2 <= len(parts) <= PARTS_MAX:
+            return "names sums that can't exist"
+        if not all(map(_is_id, parts)):
+            return "names chunks that can't exist"
+        before = number
     return ""
 
 

@@ -7,8 +7,9 @@ from threading import Lock
 
 import msgspec
 
+from outlast import records
 from outlast.errors import Corrupt
-from outlast.records import ChunkRef, Snapshot
+from outlast.records import ChunkRef, Snapshot, Sum
 from outlast.repo.repository import Repository
 
 _TAKEN_CHUNKS = 1 << 16
@@ -18,14 +19,19 @@ class _Chunks(msgspec.Struct, frozen=True, gc=False):
     """What matters here of a line of a manifest."""
 
     chunks: list[ChunkRef] = []
+    sums: list[Sum] = []
 
 
 _decoder = msgspec.json.Decoder(_Chunks)
 
 
-def needed_chunks(repository: Repository, snapshots: Iterable[Snapshot], take: Callable[[bytes], None]) -> None:
+def needed_chunks(
+    repository: Repository, snapshots: Iterable[Snapshot], take: Callable[[bytes], None], *, content: bool = False
+) -> None:
     """Call `take` with ids of chunks, 32 bytes each, end to end, until each needed one was named at least once.
 
+    Needed are the chunks that are stored. With `content` those are named that make up the files, whether they
+    are stored themselves or as sums of others.
     A manifest chunk that many snapshots share is read once. Raises `Corrupt` when a manifest can't be
     read: then it isn't known what the snapshot needs.
     """
@@ -38,7 +44,8 @@ def needed_chunks(repository: Repository, snapshots: Iterable[Snapshot], take: C
 
     def lines(text: bytes) -> None:
         for entry in _decoder.decode_lines(text):
-            found.extend(chunk for chunk, _ in entry.chunks)
+            chunks = entry.chunks if content or not entry.sums else records.stored(entry.chunks, entry.sums)
+            found.extend(chunk for chunk, _ in chunks)
         if len(found) >= _TAKEN_CHUNKS:
             give()
 

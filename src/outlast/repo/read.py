@@ -161,7 +161,7 @@ def _one_by_one(
     total = Fetched()
     for chunk, location in chunks:
         try:
-            plain = repository.get_chunk(chunk)
+            plain = repository.get_stored(chunk)
         except OutlastError as exc:
             if failed is None:
                 raise exc from lost

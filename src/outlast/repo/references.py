@@ -244,7 +244,7 @@ class References:
             problem = entry_problem(entry, root=root) or ("" if root else order.add(entry))
             if problem:
                 return [_Hurt("manifests", entry.path, _bad_entry(entry.path, problem))]
-            hurt = [each for ref in entry.chunks for each in self._look_up(ref, entry.path)]
+            hurt = [each for ref in entry.stored for each in self._look_up(ref, entry.path)]
             if hurt and self._collect:
                 self._remember(line, entry)
             return hurt
@@ -331,11 +331,11 @@ class References:
 
     def _remember(self, line: bytes, entry: Entry) -> None:
         needs = self.needs
+        parts = entry.parts
         for offset, (chunk, _) in chunk_offsets(entry):
-            raw = bytes.fromhex(chunk)
-            if raw in needs.lost:
-                places = needs.places.setdefault(raw, [])
-                if len(places) < _PLACES_MAX and (entry.path, offset) not in places:
+            for raw in map(bytes.fromhex, parts.get(chunk, [chunk])):
+                places = needs.places.setdefault(raw, []) if raw in needs.lost else None
+                if places is not None and len(places) < _PLACES_MAX and (entry.path, offset) not in places:
                     places.append((entry.path, offset))
         digest = seal.digest(line)
         if digest in needs.files or len(needs.files) < HURT_FILES_MAX:

@@ -15,15 +15,7 @@ import msgspec
 
 from outlast import records
 from outlast.clock import SYSTEM_CLOCK, Clock
-from outlast.errors import (
-    Corrupt,
-    Exists,
-    InvalidInput,
-    NoRepository,
-    NotFound,
-    OutlastError,
-    Refused,
-)
+from outlast.errors import Corrupt, Exists, InvalidInput, NoRepository, NotFound, OutlastError, Refused
 from outlast.events import NULL_SINK, Event, EventSink
 from outlast.records import FORMAT_VERSION, Chunking, ChunkRef, Encryption, Entry, Format, PackRef, Snapshot
 from outlast.repo import chain, codec, pack, seal
@@ -34,9 +26,10 @@ from outlast.repo.index import Index, IndexedPack, Location
 from outlast.repo.keyring import Secret, make_keys, open_keys
 from outlast.repo.log import Log
 from outlast.repo.pack import Footer, object_name
-from outlast.repo.read import Fetched, fetch
+from outlast.repo.read import Fetched
 from outlast.repo.seal import ChunkSealer, Keys
 from outlast.repo.state import State
+from outlast.repo.sums import Sums, fetch
 from outlast.repo.write import Writer
 from outlast.store.base import ObjectStore
 from outlast.store.lock import locking, prove_lockable
@@ -80,6 +73,7 @@ class Repository:
         """packs that this process made durable and no entry names yet"""
         self._asked_after: set[str] = set()
         """missing packs for whose sake the log was read again"""
+        self.sums = Sums()
         self._indexed = False
         self._reads_packs = False
         self._present: dict[str, bool] = {}
@@ -288,7 +282,7 @@ class Repository:
             if lines:
                 *whole, last = lines
                 for line in (b"".join(rest), *whole):
-                    yield records.parse(line, _entry_decoder, what)
+                    yield self.sums.learn(records.parse(line, _entry_decoder, what))
                 rest, rest_bytes = [last], len(last)
         if rest_bytes:
             raise Corrupt(f"{what} ends in the middle of a line.")
@@ -438,7 +432,11 @@ class Repository:
         return False
 
     def get_chunk(self, chunk: bytes) -> bytes | memoryview:
-        """The verified plain bytes of a chunk. Where one copy is damaged and there is another, that one's."""
+        """The verified plain bytes of a chunk, be it stored or a sum of which a manifest has told. Raises `Corrupt`."""
+        return self.sums.get(self, chunk)
+
+    def get_stored(self, chunk: bytes) -> bytes | memoryview:
+        """The same of one that is stored. Where one copy is damaged and there is another, that one's."""
         missing: list[str] = []
         try:
             return self._read_chunk(chunk, missing)
@@ -556,7 +554,7 @@ class Repository:
         deliver: Callable[[bytes, bytes | memoryview], None],
         failed: Callable[[bytes, OutlastError], None] | None = None,
     ) -> Fetched:
-        """Read many chunks in parallel; see `read.fetch`."""
+        """Read many chunks in parallel; see `sums.fetch`."""
         self.load_index()
         return fetch(self, chunks, deliver, failed)
 

@@ -80,7 +80,8 @@ class Stats(msgspec.Struct):
 
 
 class TensorStats(msgspec.Struct, frozen=True):
-    """A tensor of a file. `bytes_stored`: its share of the chunks that it lies in. `snapshots`: how many
+    """A tensor of a file. `bytes_stored`: its share of the chunks that it lies in, of sums of the last difference.
+    `snapshots`: how many
     of the name's snapshots, this one included, hold all of these chunks, in whatever file."""
 
     path: str
@@ -280,9 +281,10 @@ def _held(content: Content, index: Index, tensor: Tensor) -> list[tuple[bytes, f
     """(chunk, stored bytes of the part that lies in the tensor's extent) of each chunk that a tensor touches."""
     reach = tensor.reach_bytes
     held = []
+    parts = content.entry.parts
     for start, chunk in content.chunks(tensor.offset, reach):
         raw = bytes.fromhex(chunk)
-        location = index.get(raw)
+        location = index.get(bytes.fromhex(parts[chunk][-1]) if parts.get(chunk) else raw)
         if location is None or not location.plain_bytes:
             held.append((raw, 0.0))
             continue
@@ -307,7 +309,7 @@ def _holders(repository: Repository, name: str, ids: Sequence[bytes], starts: Se
             at = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
             is_there[at[ordered[at] == wanted]] = True
 
-        needed_chunks(repository, [snapshot], take)
+        needed_chunks(repository, [snapshot], take, content=True)
         lacking = np.concatenate([[0], np.cumsum(~is_there[where])])
         counts += lacking[edges[1:]] == lacking[edges[:-1]]
         repository.sink.progress(Progress("stats", done_files=number + 1, total_files=len(snapshots)))

@@ -51,7 +51,7 @@ class Contribution(msgspec.Struct, frozen=True):
 
 
 class Writer:
-    """One session of storing. `prepare` is for any thread, everything else for one.
+    """One session of storing. `prepare` and `has` are for any thread, everything else for one.
 
     Order of durable writes, the only thing that safety rests on: packs, then one log entry that
     names them. Whatever ends the session earlier leaves garbage and no damage.
@@ -61,7 +61,7 @@ class Writer:
     """
 
     def __init__(self, repository: Repository) -> None:
-        self._repository = repository
+        self.repository = repository
         self._open_pack: list[EncodedChunk] = []
         self._open_bytes = 0
         self._pending: set[bytes] = set()
@@ -83,25 +83,34 @@ class Writer:
 
     def identify(self, plain: bytes | memoryview) -> bytes:
         """The id of a chunk."""
-        return seal.chunk_id(plain, self._repository.keys)
+        return seal.chunk_id(plain, self.repository.keys)
 
     def prepare(
-        self, plain: bytes | memoryview, item_bytes: int = 0, *, lasting: bool = False, chunk: bytes = b""
+        self,
+        plain: bytes | memoryview,
+        item_bytes: int = 0,
+        *,
+        lasting: bool = False,
+        chunk: bytes = b"",
+        compress: bool = False,
     ) -> Prepared:
         """Hash, look up, encode. A memoryview may be reused afterwards, for what is kept of it is copied;
-        unless it is `lasting`: then its bytes stay as they are until the session is over. `chunk`: its id, if known."""
+        unless it is `lasting`: then its bytes stay as they are until the session is over. `chunk`: its id, if known.
+        `compress`: whatever the repository says."""
         chunk = chunk or self.identify(plain)
         if self._has(chunk):
             return Prepared(chunk, len(plain))
-        number, encoded = self._encoder().encode(plain, item_bytes)
+        number, encoded = self._encoder(compress).encode(plain, item_bytes)
         if encoded is plain and isinstance(plain, memoryview) and not lasting:
             encoded = bytes(plain)  # a slice would keep all of what it was cut from in memory
         return Prepared(chunk, len(plain), number, encoded)
 
-    def _encoder(self) -> codec.Encoder:
-        encoder: codec.Encoder | None = getattr(self._of_thread, "encoder", None)
+    def _encoder(self, compress: bool) -> codec.Encoder:
+        name = "auto" if compress else self.repository.format.compression
+        encoder: codec.Encoder | None = getattr(self._of_thread, name, None)
         if encoder is None:
-            encoder = self._of_thread.encoder = codec.Encoder(self._repository.format.compression)
+            encoder = codec.Encoder(name)
+            setattr(self._of_thread, name, encoder)
         return encoder
 
     def add(self, prepared: Prepared) -> ChunkRef:
@@ -121,7 +130,7 @@ class Writer:
         self._pending.add(chunk.id)
         self._open_pack.append(chunk)
         self._open_bytes += len(chunk.encoded) + pack.RECORD.itemsize
-        if self._open_bytes >= self._repository.format.pack_bytes or len(self._open_pack) >= PACK_CHUNKS_MAX:
+        if self._open_bytes >= self.repository.format.pack_bytes or len(self._open_pack) >= PACK_CHUNKS_MAX:
             self._close_pack()
 
     def has(self, refs: Iterable[ChunkRef]) -> bool:
@@ -130,7 +139,7 @@ class Writer:
         return all(chunk in self._pending or self._has(chunk) for chunk in ids)
 
     def _has(self, chunk: bytes) -> bool:
-        holder = self._repository.holder(chunk)
+        holder = self.repository.holder(chunk)
         if holder is None:
             return False
         self.relied_on.add(holder)
@@ -141,7 +150,7 @@ class Writer:
         line = records.canonical(entry) + b"\n"
         self._lines.append(line)
         self._line_bytes += len(line)
-        if self._line_bytes >= 4 * self._repository.format.chunking.max_bytes:
+        if self._line_bytes >= 4 * self.repository.format.chunking.max_bytes:
             self._cut_manifest(at_end=False)
 
     def _cut_manifest(self, *, at_end: bool) -> None:
@@ -172,7 +181,7 @@ class Writer:
             self.commit_packs()
 
     def _write_pack(self, chunks: list[EncodedChunk]) -> BuiltPack:
-        repository = self._repository
+        repository = self.repository
         built = pack.build(chunks, repository.keys, repository.clock.random_bytes(seal.SALT_BYTES))
         try:
             repository.store.put_if_absent(pack.object_name(built.name), built.parts)
@@ -198,11 +207,11 @@ class Writer:
             except BaseException:
                 self._in_flight += waiting
                 raise
-            self._repository.index.add_recent(built.footer)
+            self.repository.index.add_recent(built.footer)
             self._pending.difference_update(built.footer.records["id"].tolist())
             self._footers.append(built.footer)
             self.relied_on.add(built.name)
-            self._repository.own_packs.add(built.name)
+            self.repository.own_packs.add(built.name)
             self._durable.append(PackRef(built.name, built.bytes, len(built.footer.records)))
             self.bytes_stored += built.bytes
 
@@ -222,7 +231,7 @@ class Writer:
                 raise Exists(f"snapshot {body['snapshot']['id'][:8]} was copied by somebody else meanwhile.")
             # One that was swept may be condemned again, as an object that nothing names and that was left over
             # then: whoever swept it may be about to delete it, so it is never rescued.
-            swept = self._repository.log.swept
+            swept = self.repository.log.swept
             gone = [name for name in durable if name in swept]
             rescued = []
             for name in sorted(relied_on - durable.keys()):
@@ -240,8 +249,8 @@ class Writer:
                 )
             return {**body, "packs": msgspec.to_builtins([*durable.values(), *rescued])}
 
-        self._repository.log.append(kind, whole_body)
-        self._repository.own_packs.difference_update(durable)
+        self.repository.log.append(kind, whole_body)
+        self.repository.own_packs.difference_update(durable)
         self._durable.clear()
 
     def finish(self) -> None:
@@ -267,7 +276,7 @@ class Writer:
     def settle(self) -> None:
         """The other process has committed what was contributed; the session is over."""
         self._pool.shutdown()
-        self._repository.own_packs.difference_update(ref.name for ref in self._durable)
+        self.repository.own_packs.difference_update(ref.name for ref in self._durable)
         self._durable.clear()
         self._speed_up_next_open()
 
@@ -289,7 +298,7 @@ class Writer:
             bytes_stored=self.bytes_stored,
         )
         if not snapshot.id:
-            salt = self._repository.clock.random_bytes(16)
+            salt = self.repository.clock.random_bytes(16)
             snapshot = msgspec.structs.replace(snapshot, id=seal.digest(salt + records.canonical(snapshot))[:16].hex())
         try:
             self._append(SNAPSHOT, {"snapshot": msgspec.to_builtins(snapshot)}, self.relied_on)
@@ -304,24 +313,24 @@ class Writer:
         self._open_pack.clear()
         self._pool.shutdown(wait=True)
         self._in_flight = [future for future in self._in_flight if future.exception() is None]
-        self._durable = [ref for ref in self._durable if ref.name not in self._repository.log.swept]
+        self._durable = [ref for ref in self._durable if ref.name not in self.repository.log.swept]
         try:
             self.commit_packs()
         except OutlastError as exc:
-            self._repository.sink.event(
+            self.repository.sink.event(
                 Event("packs.not_committed", f"packs already uploaded were not committed: {exc.message}")
             )
             self._give_up_packs()
 
     def _give_up_packs(self) -> None:
         """Uploaded and never committed: nothing later may rely on them."""
-        self._repository.own_packs.difference_update(ref.name for ref in self._durable)
+        self.repository.own_packs.difference_update(ref.name for ref in self._durable)
         self._durable.clear()
         self._footers.clear()
 
     def _speed_up_next_open(self) -> None:
         """Write the derived objects that are due. They only save time, so failing is no failure."""
-        repository = self._repository
+        repository = self.repository
         repository.log.save_state()
         repository.uncovered.extend(self._footers)
         self._footers.clear()

@@ -1,0 +1,146 @@
+"""Write a block of a tensor as a difference from what the checkpoint before has in its place; see `sums.py`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from outlast.errors import Corrupt
+from outlast.events import Event
+from outlast.records import ChunkRef, Entry, Snapshot
+from outlast.repo import difference, form
+from outlast.repo.manifest import validated
+from outlast.repo.repository import Repository, chunk_offsets
+from outlast.repo.sums import Parts, added
+from outlast.repo.write import Prepared, Writer
+
+DIFFERENCES_MAX = 3
+"""Of the sums that are written. With more of them a series gets hardly smaller (1 % with seven) and slower to read,
+and more depends on one block."""
+GAIN_MIN = 0.05
+
+
+class Block(NamedTuple):
+    """A block of an earlier version of a file; `parts` is itself where it is no sum."""
+
+    id: bytes
+    bytes: int
+    parts: Parts
+
+
+class Kept(NamedTuple):
+    """How a block is kept: a chunk for `Writer.add`, and its parts where it is a sum."""
+
+    id: bytes
+    prepared: Prepared
+    parts: Parts | None = None
+
+    @property
+    def ref(self) -> ChunkRef:
+        return self.id.hex(), self.prepared.plain_bytes
+
+
+def are_allowed(repository: Repository) -> bool:
+    """Whether every program that can open the repository knows sums."""
+    return form.SUMS in repository.format.features
+
+
+def blocks(entry: Entry) -> dict[int, Block]:
+    """The chunks of a file by their offsets."""
+    sums = {entry.chunks[number][0]: Parts(width, tuple(map(bytes.fromhex, ids))) for number, width, ids in entry.sums}
+    found = {}
+    for offset, (chunk, length) in chunk_offsets(entry):
+        raw = bytes.fromhex(chunk)
+        found[offset] = Block(raw, length, sums.get(chunk, Parts(0, (raw,))))
+    return found
+
+
+def before(repository: Repository, snapshot: Snapshot) -> dict[str, dict[int, Block]]:
+    """The chunks of each file of a snapshot, by path and offset; none of those that damage keeps from being known."""
+    found: dict[str, dict[int, Block]] = {}
+    if not are_allowed(repository):
+        return found
+    try:
+        for _, entry in validated(repository.entries(snapshot), snapshot.id):
+            if entry.type == "file":
+                found[entry.path] = blocks(entry)
+    except Corrupt as exc:
+        repository.sink.event(Event("manifest.damaged", f"{exc.message} So new blocks are not built on all of its."))
+    return found
+
+
+def with_sums(entry: Entry, chunks: list[ChunkRef], kept: dict[str, Parts]) -> Entry:
+    """The entry with these chunks, those of `kept` as sums; each is listed once, where it first stands."""
+    first = {chunk: number for number, (chunk, _) in reversed(list(enumerate(chunks))) if chunk in kept}
+    sums = [kept[chunk].listed(number) for chunk, number in sorted(first.items(), key=lambda each: each[1])]
+    return msgspec.structs.replace(entry, chunks=chunks, sums=sums)
+
+
+def with_all_sums(entries: list[Entry]) -> list[Entry]:
+    """What one process keeps as a sum another may name as well, and know nothing of it."""
+    kept = {
+        entry.chunks[number][0]: Parts(width, tuple(map(bytes.fromhex, ids)))
+        for entry in entries
+        for number, width, ids in entry.sums
+    }
+    return [with_sums(entry, entry.chunks, kept) for entry in entries] if kept else entries
+
+
+def prepare(
+    writer: Writer,
+    plain: bytes | memoryview,
+    item_bytes: int,
+    before: Block | None,
+    *,
+    lasting: bool = False,
+    chunk: bytes = b"",
+) -> Kept:
+    """`Writer.prepare` for a block of elements, built on `before` where that makes it smaller by `GAIN_MIN`.
+
+    Whole where the repository has it whole, or where sums are not allowed. What it is built on is read and verified
+    before anything relies on it.
+    """
+    repository = writer.repository
+    if before is None or before.bytes != len(plain) or not are_allowed(repository):
+        return whole(writer.prepare(plain, item_bytes, lasting=lasting, chunk=chunk))
+    chunk = chunk or writer.identify(plain)
+    if chunk == before.id and before.parts.item_bytes and has(writer, before):
+        return Kept(chunk, Prepared(chunk, len(plain)), before.parts)
+    complete = writer.prepare(plain, item_bytes, lasting=lasting, chunk=chunk)
+    if complete.encoded is None or not _may_build(before, item_bytes) or not has(writer, before):
+        return whole(complete)
+    try:
+        old = np.array(np.frombuffer(_read(repository, before), np.uint8))
+    except Corrupt:
+        return whole(complete)
+    folded = difference.difference(plain, old, item_bytes)
+    prepared = writer.prepare(folded.data, item_bytes, compress=True)
+    if prepared.encoded is not None and len(prepared.encoded) > len(complete.encoded) * (1 - GAIN_MIN):
+        return whole(complete)
+    difference.add(old, folded.data, item_bytes)
+    if not np.array_equal(old, np.frombuffer(plain, np.uint8)):
+        return whole(complete)
+    return Kept(chunk, prepared, Parts(item_bytes, (*before.parts.ids, prepared.id)))
+
+
+def whole(prepared: Prepared) -> Kept:
+    """No sum."""
+    return Kept(prepared.id, prepared)
+
+
+def has(writer: Writer, block: Block) -> bool:
+    """Whether new work may rely on what a block is made of."""
+    return writer.has((part.hex(), block.bytes) for part in block.parts.ids)
+
+
+def _may_build(before: Block, item_bytes: int) -> bool:
+    fits = item_bytes in difference.ITEM_BYTES and before.parts.item_bytes in (0, item_bytes)
+    return fits and before.bytes % item_bytes == 0 and len(before.parts.ids) <= DIFFERENCES_MAX
+
+
+def _read(repository: Repository, block: Block) -> bytes | memoryview:
+    if not block.parts.item_bytes:
+        return repository.get_stored(block.id)
+    return added(repository, block.id, block.parts)

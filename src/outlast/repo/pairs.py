@@ -1,0 +1,55 @@
+"""Which chunk of one repository stands for which of another, where they name chunks differently."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+import numpy as np
+
+_RECENT_PAIRS = 32 << 10
+
+
+class Pairs:
+    """Chunk id -> chunk id, at some 80 bytes a pair: sorted rows, and those that came last in a dict."""
+
+    def __init__(self) -> None:
+        self._rows = np.empty((0, 64), np.uint8)
+        self._heads = memoryview(b"").cast("Q")
+        self._recent: dict[bytes, bytes] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows) + len(self._recent)
+
+    def __getitem__(self, old: bytes) -> bytes:
+        new = self.get(old)
+        if new is None:
+            raise KeyError(old)
+        return new
+
+    def get(self, old: bytes) -> bytes | None:
+        recent = self._recent.get(old)
+        if recent is not None:
+            return recent
+        head = int.from_bytes(old[:8], "big")
+        at = bisect_left(self._heads, head)
+        while at < len(self._heads) and self._heads[at] == head:
+            row: bytes = self._rows[at].tobytes()
+            if row[:32] == old:
+                return row[32:]
+            at += 1
+        return None
+
+    def put(self, old: bytes, new: bytes) -> None:
+        if self.get(old) is None:
+            self._recent[old] = new
+            if len(self._recent) >= max(_RECENT_PAIRS, len(self._rows) // 8):
+                self._sort()
+
+    def _sort(self) -> None:
+        recent = np.frombuffer(b"".join(old + new for old, new in self._recent.items()), np.uint8).reshape(-1, 64)
+        rows = np.concatenate([self._rows, recent])
+        heads = rows[:, :8].copy().view(">u8").ravel().astype(np.uint64)
+        order = np.argsort(heads, kind="stable")
+        self._rows = rows[order]
+        self._heads = heads[order].data
+        self._recent = {}
