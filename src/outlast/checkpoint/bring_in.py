@@ -452,11 +452,11 @@ def _part(key: str, kind: str, value: Any) -> Part:
         node = {
             name: leaves.take(name, each)
             if isinstance(each, torch.Tensor)
-            else encode(each, (key, name), live._named_by_path(more))
+            else encode(each, (key, name), live.named_by_path(more))
             for name, each in value.items()
         }
         return Part(kind, {"state": node, "buffers": {}, "grads": {}}, leaves.found, more.found)
-    return Part(kind, encode(value, (key,), live._named_by_path(leaves)), leaves.found)
+    return Part(kind, encode(value, (key,), live.named_by_path(leaves)), leaves.found)
 
 
 def _commit(repository: Repository, run: str, step: int, parts: Mapping[str, Part]) -> Snapshot:

@@ -67,7 +67,7 @@ def export(repository: Repository, snapshot: Snapshot, form: str, path: str) -> 
             f"checkpoint {snapshot.id[:8]} was not saved by a Run: it has no {STATE_FILE}; nothing was written.",
             hint="Export it as safetensors: its files come out as they are.",
         )
-    shelves = loading._Shelves(files, ranks, RecentChunks(repository), snapshot)
+    shelves = loading.Shelves(files, ranks, RecentChunks(repository), snapshot)
     write = {"torch": _torch, "hdf5": _hdf5, "dcp": _dcp}[form]
     report.keys = list(shelves[0].parts)
     with fresh(path) as part:
@@ -190,7 +190,7 @@ def _read(shelves: Any, key: str, node: Node) -> torch.Tensor:
         return shelf.read(stored)
     shape = tuple(node["global"]["shape"])
     whole = torch.empty(shape, dtype=stored.dtype)
-    loading._put_together(shelves, key, node["name"], whole, Region((0,) * len(shape), shape))
+    loading.put_together(shelves, key, node["name"], whole, Region((0,) * len(shape), shape))
     return whole
 
 

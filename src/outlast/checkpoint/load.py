@@ -15,8 +15,9 @@ import msgspec
 import torch
 
 from outlast.checkpoint import state as live
-from outlast.checkpoint.description import describe, folder_of, ranks_of
+from outlast.checkpoint.description import RNG, describe, folder_of, ranks_of
 from outlast.checkpoint.leaves import DTYPES, Region, tensor_bytes
+from outlast.checkpoint.nodes import tensor_nodes
 from outlast.checkpoint.state import Part, State
 from outlast.checkpoint.tree import Node
 from outlast.errors import Corrupt, Refused
@@ -86,7 +87,7 @@ class Shelf:
         return {
             (key, node["name"]): tuple(node["global"]["offset"])
             for key, part in self.parts.items()
-            for node in _nodes(part.tree)
+            for node in tensor_nodes(part.tree)
             if "global" in node
         }
 
@@ -100,12 +101,12 @@ def load(repository: Repository, snapshot: Snapshot, state: State, rank: int = 0
     files = {entry.path: entry for entry in repository.entries(snapshot) if entry.type == "file"}
     chunks = RecentChunks(repository)
     saved_ranks = ranks_of(files) or 1
-    shelves = _Shelves(files, saved_ranks, chunks, snapshot)
+    shelves = Shelves(files, saved_ranks, chunks, snapshot)
     shelf = shelves[rank if saved_ranks == ranks else 0]
     missing = [key for key in state if key not in shelf.parts]
     if missing:
         raise Refused(f"checkpoint {snapshot.id[:8]} has no {', '.join(missing)}; it has {', '.join(shelf.parts)}.")
-    wanted = {key: part for key, part in shelf.parts.items() if key in state or key == live.RNG}
+    wanted = {key: part for key, part in shelf.parts.items() if key in state or key == RNG}
     refuse_mismatch(snapshot, live.mismatches(state, wanted, shelf.shape_of))
     regions = live.regions(state, wanted, shelf.shape_of)
     targets = live.destinations(state, wanted)
@@ -131,7 +132,7 @@ def load(repository: Repository, snapshot: Snapshot, state: State, rank: int = 0
                 runs.setdefault(stored.entry.path, []).append((stored.offset, tensor_bytes(target)))
     _fill(repository, files, runs)
     for key, name, target, region in spread:
-        _put_together(shelves, key, name, target, region)
+        put_together(shelves, key, name, target, region)
     live.give_back(state, wanted, tensors, regions)
     if rank >= saved_ranks or (rank and saved_ranks != ranks):
         live.reseed(rank)
@@ -139,7 +140,7 @@ def load(repository: Repository, snapshot: Snapshot, state: State, rank: int = 0
     return Loaded(shelf.described.step, snapshot, total, shelf.described.facts, notes)
 
 
-class _Shelves:
+class Shelves:
     """Those of all ranks, looked at when they are needed."""
 
     def __init__(self, files: Mapping[str, Entry], count: int, chunks: RecentChunks, snapshot: Snapshot) -> None:
@@ -177,7 +178,7 @@ def _resharding(shelf: Shelf, state: State, saved_ranks: int, ranks: int) -> str
     return f"saved with {before}, now {now}: resharding; what differed by rank is taken of rank 0"
 
 
-def _taken_of_first(snapshot: Snapshot, shelves: _Shelves, state: State) -> list[str]:
+def _taken_of_first(snapshot: Snapshot, shelves: Shelves, state: State) -> list[str]:
     """Raises `Refused` for what differs by rank and isn't known to be a part of a whole; a note for what may differ."""
     differing = []
     for key, item in state.items():
@@ -215,7 +216,7 @@ def _same(mine: torch.Tensor, shelf: Shelf, key: str, name: str) -> bool:
     )  # fmt: skip
 
 
-def _put_together(shelves: _Shelves, key: str, name: str, target: torch.Tensor, wanted: Region) -> None:
+def put_together(shelves: Shelves, key: str, name: str, target: torch.Tensor, wanted: Region) -> None:
     """Fill the wanted region from the regions that ranks stored. Raises `Corrupt` where they don't cover it."""
     covered: set[tuple[int, ...]] = set()
     filled = 0
@@ -236,19 +237,6 @@ def _put_together(shelves: _Shelves, key: str, name: str, target: torch.Tensor, 
         filled += source[out_of].numel()
     if filled != target.numel():
         raise Corrupt(f"{name} of {key} is stored in parts that don't make up the whole tensor.")
-
-
-def _nodes(tree: Node) -> Iterator[dict[str, Any]]:
-    """Every node of a tensor."""
-    if isinstance(tree, list):
-        for each in tree:
-            yield from _nodes(each)
-    elif isinstance(tree, dict):
-        if tree.get("$") == "tensor":
-            yield tree
-        else:
-            for each in tree.values():
-                yield from _nodes(each)
 
 
 def _tensors_of(entry: Entry, chunks: RecentChunks) -> Iterator[tuple[str, Stored]]:

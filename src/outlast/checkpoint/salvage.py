@@ -268,9 +268,9 @@ def _take_archive(
                 finding.saved.append(_Saved(raw.name, "U8", raw.shape, [_Piece(read, raw)], archive.checked))
         finding.lost += [Lost(named(f"data/{key}"), reason) for key, reason in archive.lost.items()]
         return
-    whole = torchfile._Archive(
-        torchfile._Member(0, b"", 0, 0),
-        {key: torchfile._Member(0, each.name, each.offset, each.length) for key, each in archive.storages.items()},
+    whole = torchfile.Archive(
+        torchfile.Member(0, b"", 0, 0),
+        {key: torchfile.Member(0, each.name, each.offset, each.length) for key, each in archive.storages.items()},
         None,
     )
     for name, view in views:
@@ -279,7 +279,7 @@ def _take_archive(
         reason = reason or ("" if view.key in whole.storages else missing)
         try:
             if not reason:
-                tensor = torchfile._tensor(named(name), view, whole, size)
+                tensor = torchfile.tensor_of(named(name), view, whole, size)
                 piece = _Piece(read, tensor)
                 finding.saved.append(_Saved(tensor.name, tensor.dtype, tensor.shape, [piece], archive.checked))
         except Malformed as exc:

@@ -19,11 +19,11 @@ import msgspec
 import numpy as np
 import torch
 
+from outlast.checkpoint.description import RNG
 from outlast.checkpoint.leaves import Leaf, Leaves, Region, local, rebuild, region_of
 from outlast.checkpoint.tree import Node, Path, TakeTensor, decode, encode, shown
 from outlast.errors import Corrupt, InvalidInput, Refused
 
-RNG = "rng"
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 _RESERVED = {RNG, "state"}
 _WRAPPED = re.compile(r"(^|\.)_orig_mod(?=\.|$)")
@@ -108,12 +108,12 @@ def capture(state: State, accumulating: set[int]) -> dict[str, Part]:
         if kind == "module":
             parts[key] = _module(item, key, leaves, Leaves(steady), accumulating)
         elif kind == "optimizer":
-            parts[key] = Part(kind, encode(_named(item, names), (key,), _named_by_path(leaves)), leaves.found)
+            parts[key] = Part(kind, encode(_named(item, names), (key,), named_by_path(leaves)), leaves.found)
         else:
             value = _generator(item) if kind == "generator" else item.state_dict() if kind == "stateful" else item
-            parts[key] = Part(kind, encode(value, (key,), _whole(_named_by_path(leaves))), leaves.found)
+            parts[key] = Part(kind, encode(value, (key,), _whole(named_by_path(leaves))), leaves.found)
     leaves = Leaves(set())
-    parts[RNG] = Part(RNG, encode(random_state(), (RNG,), _named_by_path(leaves)), leaves.found)
+    parts[RNG] = Part(RNG, encode(random_state(), (RNG,), named_by_path(leaves)), leaves.found)
     return parts
 
 
@@ -131,7 +131,7 @@ def _steady(state: State) -> set[int]:
     return found - {0}
 
 
-def _named_by_path(leaves: Leaves) -> TakeTensor:
+def named_by_path(leaves: Leaves) -> TakeTensor:
     """Tensors are called by where they lie: `state["optimizer"]["state"]["w"]["exp_avg"]` is `state.w.exp_avg`."""
 
     def take(path: Path, tensor: torch.Tensor) -> Node:
@@ -162,7 +162,7 @@ def _module(module: torch.nn.Module, key: str, leaves: Leaves, more: Leaves, acc
         if name in tree["state"]:
             raise Refused(f"two tensors of {key} are called {name}; nothing was saved.")
         take = leaves.take if isinstance(value, torch.Tensor) else None
-        tree["state"][name] = take(name, value) if take else encode(value, (key, name), _named_by_path(more))
+        tree["state"][name] = take(name, value) if take else encode(value, (key, name), named_by_path(more))
     for name, buffer in module.named_buffers():
         if plain_name(name) not in tree["state"]:
             tree["buffers"][plain_name(name)] = more.take(f"buffer.{plain_name(name)}", buffer)

@@ -65,7 +65,7 @@ class Archive(msgspec.Struct):
 
 def archives(read: ReadAt, size: int) -> list[Archive]:
     """Everything that is found, in the order of the file. Raises `OSError` only where nothing can be read at all."""
-    window, room = Window(read, size), torchfile._Room()
+    window, room = Window(read, size), torchfile.Room()
     found: list[Archive] = []
     end = size
     while end > 0 and len(found) < _ARCHIVES_MAX:
@@ -93,10 +93,10 @@ def damage(read: ReadAt, size: int) -> str:
 # -- with a central directory ----------------------------------------------------------------------------
 
 
-def _by_directory(window: Window, read: ReadAt, end: int, room: torchfile._Room) -> Archive | None:
+def _by_directory(window: Window, read: ReadAt, end: int, room: torchfile.Room) -> Archive | None:
     """The archive whose directory ends here; None where none does, or where it contradicts itself."""
     try:
-        place = torchfile._directory(window, end, 64 << 10, room)
+        place = torchfile.directory_place(window, end, 64 << 10, room)
         listed = _listed(window, place)
     except (Malformed, OSError):
         return None
@@ -124,7 +124,7 @@ def _by_directory(window: Window, read: ReadAt, end: int, room: torchfile._Room)
     return _archive(read, members, start=place.base)
 
 
-def _listed(window: Window, place: torchfile._Directory) -> list[Member]:
+def _listed(window: Window, place: torchfile.Directory) -> list[Member]:
     """The entries of a directory. Raises `Malformed`."""
     if place.entries > _MEMBERS_MAX:
         raise Malformed("more members than any model has")
@@ -140,7 +140,7 @@ def _listed(window: Window, place: torchfile._Directory) -> list[Member]:
         at += _ENTRY.size
         name = data[at : at + name_bytes]
         extra = data[at + name_bytes : at + name_bytes + extra_bytes]
-        length, _, header = torchfile._wide(extra, fields[9], fields[8], fields[16])
+        length, _, header = torchfile.wide(extra, fields[9], fields[8], fields[16])
         problem = "it is compressed or encrypted" if fields[4] or fields[3] & _ENCRYPTED else ""
         found.append(Member(place.base + header, name, 0, length, fields[7], problem))
         at += name_bytes + extra_bytes + comment_bytes
@@ -329,7 +329,7 @@ def _local(read: ReadAt, at: int, end: int) -> Member | None:
     if flags & _FOLLOWS_AT_END:
         return Member(at, name, offset, 0, -1, problem)
     try:
-        length, stored, _ = torchfile._wide(extra, length, stored, 0)
+        length, stored, _ = torchfile.wide(extra, length, stored, 0)
     except Malformed:
         return None
     return Member(at, name, offset, length, crc, problem) if length == stored else None

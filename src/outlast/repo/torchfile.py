@@ -37,7 +37,7 @@ _MEMBERS_MAX = 1 << 17
 _EXPANDED_BYTES_MAX = 1 << 30
 
 
-class _Member(msgspec.Struct, frozen=True):
+class Member(msgspec.Struct, frozen=True):
     """A stored (uncompressed) member and its bytes in the file."""
 
     header: int
@@ -46,13 +46,13 @@ class _Member(msgspec.Struct, frozen=True):
     length: int
 
 
-class _Archive(msgspec.Struct, frozen=True):
-    pickle: _Member
-    storages: dict[str, _Member]
-    byteorder: _Member | None
+class Archive(msgspec.Struct, frozen=True):
+    pickle: Member
+    storages: dict[str, Member]
+    byteorder: Member | None
 
 
-class _Directory(msgspec.Struct, frozen=True):
+class Directory(msgspec.Struct, frozen=True):
     """The place of a central directory. `base` is the archive's first byte, from which its offsets count."""
 
     base: int
@@ -61,7 +61,7 @@ class _Directory(msgspec.Struct, frozen=True):
     entries: int
 
 
-class _Room:
+class Room:
     """What is left of the budget that the directories of one file share."""
 
     def __init__(self) -> None:
@@ -81,9 +81,9 @@ class _TooMuch(Malformed):
 
 def recognises(window: Window) -> bool:
     """Whether the last (or only) archive of the file is one of torch's."""
-    room = _Room()
+    room = Room()
     try:
-        return bool(_archive(window, _directory(window, window.size, _TAIL_BYTES, room), room))
+        return bool(_archive(window, directory_place(window, window.size, _TAIL_BYTES, room), room))
     except Malformed:
         return False
 
@@ -111,19 +111,19 @@ def tensors(window: Window) -> list[Tensor]:
         for name, view in torchpickle.name_tensors(_pickled(window, archive, budget), budget):
             if len(archives) > 1:
                 bare = name == torchpickle.BARE_TENSOR
-                found.append(_tensor(str(at) if bare else f"{at}.{name}", view, archive, window.size))
+                found.append(tensor_of(str(at) if bare else f"{at}.{name}", view, archive, window.size))
             else:
-                found.append(_tensor(name, view, archive, window.size))
+                found.append(tensor_of(name, view, archive, window.size))
     return found
 
 
-def _pickled(window: Window, archive: _Archive, budget: torchpickle.Budget) -> torchpickle.Pickled:
+def _pickled(window: Window, archive: Archive, budget: torchpickle.Budget) -> torchpickle.Pickled:
     if archive.pickle.length > _PICKLE_BYTES_MAX or budget.steps < 0:
         raise torchpickle.Unreadable("pickles longer than any model needs")
     return torchpickle.interpret(window.get(archive.pickle.offset, archive.pickle.length), budget)
 
 
-def _tensor(name: str, view: torchpickle.View, archive: _Archive, size: int) -> Tensor:
+def tensor_of(name: str, view: torchpickle.View, archive: Archive, size: int) -> Tensor:
     storage = archive.storages.get(view.key)
     if storage is None:
         raise Malformed("a tensor without a storage")
@@ -140,17 +140,17 @@ def _tensor(name: str, view: torchpickle.View, archive: _Archive, size: int) -> 
     return Tensor(name, view.dtype, view.shape, offset, length, strides)
 
 
-def _archives(window: Window) -> list[_Archive]:
+def _archives(window: Window) -> list[Archive]:
     """Every archive, in the order of the file, found from the end: each one's start is where another may end.
 
     Bytes before the first archive belong to no tensor. Raises `Malformed` when the file doesn't end in one.
     """
-    archives: list[_Archive] = []
-    room = _Room()
+    archives: list[Archive] = []
+    room = Room()
     end, tail = window.size, _TAIL_BYTES
     while end > 0 and len(archives) < _ARCHIVES_MAX:
         try:
-            directory = _directory(window, end, tail, room)
+            directory = directory_place(window, end, tail, room)
             archive = _archive(window, directory, room)
         except _TooMuch:
             raise
@@ -164,7 +164,7 @@ def _archives(window: Window) -> list[_Archive]:
     return archives
 
 
-def _directory(window: Window, end: int, tail: int, room: _Room) -> _Directory:
+def directory_place(window: Window, end: int, tail: int, room: Room) -> Directory:
     """The central directory of the archive that ends here (without a comment, as torch writes it)."""
     at = end - _END.size
     if at < 0:
@@ -188,10 +188,10 @@ def _directory(window: Window, end: int, tail: int, room: _Room) -> _Directory:
     if entries * _ENTRY.size > length:
         raise Malformed("more members than the directory has room for")
     room.take(directory_bytes=length)
-    return _Directory(start - offset, start, length, entries)
+    return Directory(start - offset, start, length, entries)
 
 
-def _archive(window: Window, directory: _Directory, room: _Room) -> _Archive:
+def _archive(window: Window, directory: Directory, room: Room) -> Archive:
     entries = window.get(directory.start, directory.length)
     listed = sorted(_listed(entries, directory, room), key=lambda each: each.header)
     ranges = [(each.header, _LOCAL.size + len(each.name)) for each in listed]
@@ -201,7 +201,7 @@ def _archive(window: Window, directory: _Directory, room: _Room) -> _Archive:
         if magic != MAGIC or flags & 1 or method or local[_LOCAL.size :] != each.name or name_bytes != len(each.name):
             raise Malformed("a member is not what the directory says")
         offset = each.header + len(local) + extra_bytes
-        members.append(_Member(each.header, each.name, offset, each.length))
+        members.append(Member(each.header, each.name, offset, each.length))
     for one, following in pairwise(members):
         if one.offset + one.length > following.header:
             raise Malformed("overlapping members")
@@ -210,7 +210,7 @@ def _archive(window: Window, directory: _Directory, room: _Room) -> _Archive:
     return _by_role(members)
 
 
-def _by_role(members: list[_Member]) -> _Archive:
+def _by_role(members: list[Member]) -> Archive:
     by_name = {each.name: each for each in members}
     pickles = [name for name in by_name if name.endswith(b"/data.pkl")]
     if len(pickles) != 1 or len(by_name) != len(members):
@@ -222,10 +222,10 @@ def _by_role(members: list[_Member]) -> _Archive:
         for name, member in by_name.items()
         if name.startswith(folder)
     }
-    return _Archive(by_name[pickles[0]], storages, by_name.get(root + b"byteorder"))
+    return Archive(by_name[pickles[0]], storages, by_name.get(root + b"byteorder"))
 
 
-def _listed(entries: bytes, directory: _Directory, room: _Room) -> Iterator[_Member]:
+def _listed(entries: bytes, directory: Directory, room: Room) -> Iterator[Member]:
     """The members that matter, as the directory gives them: `offset` is still unknown."""
     at = 0
     for _ in range(directory.entries):
@@ -240,7 +240,7 @@ def _listed(entries: bytes, directory: _Directory, room: _Room) -> Iterator[_Mem
         name = entries[at : at + name_bytes]
         if b"/data/" in name or name.endswith((b"/data.pkl", b"/byteorder")):
             extra = entries[at + name_bytes : at + name_bytes + extra_bytes]
-            length, stored, header = _wide(extra, length, stored, header)
+            length, stored, header = wide(extra, length, stored, header)
             # A compressed or encrypted storage has no bytes of its own; its tensors then lack a storage.
             if method == 0 and flags & 1 == 0:
                 end = directory.base + header + _LOCAL.size + name_bytes + length
@@ -249,13 +249,13 @@ def _listed(entries: bytes, directory: _Directory, room: _Room) -> Iterator[_Mem
                 if name_bytes > _NAME_BYTES_MAX:
                     raise Malformed("a name longer than torch writes")
                 room.take(members=1)
-                yield _Member(directory.base + header, name, 0, length)
+                yield Member(directory.base + header, name, 0, length)
         at += name_bytes + extra_bytes + comment_bytes
     if at != len(entries):
         raise Malformed("the directory is longer than its entries")
 
 
-def _wide(extra: bytes, length: int, stored: int, header: int) -> tuple[int, int, int]:
+def wide(extra: bytes, length: int, stored: int, header: int) -> tuple[int, int, int]:
     """The 64-bit values of the extra field 1, which are there only for fields that are saturated."""
     fields = [length, stored, header]
     if 0xFFFFFFFF not in fields:
