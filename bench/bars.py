@@ -34,7 +34,7 @@ class Bar:
         if self.kind == "faster":
             return f"at least {self.limit:g}x faster than {self.against}"
         if self.kind == "seconds":
-            return f"at most {self.limit:g} s"
+            return f"at most {in_unit(self.limit, 'g')}"
         if self.kind == "memory":
             return f"at most {self.limit / 1e6:g} MB at its peak"
         return f"adds at most {self.limit:g}x the bytes that changed"
@@ -73,7 +73,28 @@ BARS = (
     Bar("grown-commit", "outlast, 10,000 snapshots", "memory", 400e6),
     Bar("grown-prune", "outlast, 10,000 snapshots", "seconds", 10),
     Bar("help", "outlast auto", "seconds", 0.2),
+    Bar("stall", "Run.save, overlap=False", "slower", 1.2, "memcpy"),
+    Bar("stall-overlap", "Run.save", "seconds", 0.010),
+    Bar("loop", "Run.save", "slower", 0.4, "dcp.async_save"),
+    Bar("durable", "Run.save", "slower", 1.1, "write + fsync"),
+    Bar("durable", "Run.save", "faster", 1.0, "torch.save + fsync"),
+    Bar("durable", "Run.save", "faster", 1.0, "dcp.save"),
+    Bar("frozen", "Run.save", "faster", 5.0, "torch.save + fsync"),
+    Bar("load-cold", "Run.load", "slower", 1.15, "plain read"),
+    Bar("load-cold", "Run.load", "faster", 1.0, "torch.load"),
+    Bar("load-cold", "Run.load", "faster", 1.0, "dcp.load"),
+    Bar("load-warm", "mapped.open", "slower", 2.0, "safetensors load_file"),
+    Bar("step", "Run.step", "seconds", 5e-6),
 )
+
+
+def shown_seconds(seconds: float) -> str:
+    return in_unit(seconds, ".2f" if abs(seconds) >= 0.1 else ".1f")
+
+
+def in_unit(seconds: float, form: str) -> str:
+    factor, unit = (1, "s") if abs(seconds) >= 0.1 else (1e3, "ms") if abs(seconds) >= 1e-4 else (1e6, "µs")
+    return f"{seconds * factor:{form}} {unit}"
 
 
 def times(records: Iterable[Record], row: str, contender: str) -> list[float]:
@@ -108,8 +129,8 @@ def judge_one(bar: Bar, records: list[Record]) -> Verdict:
             figure, kept = f"{max(peaks) / 1e6:.0f} MB", max(peaks) <= bar.limit
     elif bar.kind == "seconds":
         if subject:
-            figure, kept = f"{median(subject):.2f} s", median(subject) <= bar.limit
-    elif subject and against:
+            figure, kept = shown_seconds(median(subject)), median(subject) <= bar.limit
+    elif subject and against and median(against) > 0:
         slower = median(subject) / median(against)
         ratio = slower if bar.kind == "slower" else 1 / slower
         figure = f"{ratio:.2f}x"

@@ -1,7 +1,8 @@
-"""Runs one command and measures it, and sets the stage before: disk quiet, cache cold where asked."""
+"""Runs one command, or asks a program that goes on, and measures it, after the disk is quiet, and cold where asked."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,63 @@ class Outcome:
     stdout: str
 
 
-def run(command: Command) -> Outcome:
+class Companion:
+    """A program that holds something large and answers each line of text with a JSON object."""
+
+    def __init__(self, argv: list[str]) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  open as long as the program runs
+        self._argv = argv
+        self._child = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, bufsize=1
+        )
+        self.facts = self._answer()
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """Raises RuntimeError with its last words when it has ended."""
+        assert self._child.stdin is not None
+        self._child.stdin.write(line + "\n")
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._child.stdout is not None
+        line = self._child.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            words = self._errors.read().decode("utf-8", "replace").strip()[-2000:]
+            raise RuntimeError(f"{' '.join(self._argv)}\nended with {self._child.wait()}: {words}")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def close(self) -> None:
+        assert self._child.stdin is not None
+        self._child.stdin.close()
+        self._child.wait()
+        self._errors.close()
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to ask a companion, which measures itself: it answers `wall_seconds`, `cpu_seconds` and `rss_bytes`."""
+
+    companion: Companion
+    line: str
+
+
+def run(task: Command | Question) -> Outcome:
     """Run it alone on a quiet disk. Raises RuntimeError with its words when it fails."""
     os.sync()
+    return _run(task) if isinstance(task, Command) else _ask(task)
+
+
+def _ask(question: Question) -> Outcome:
+    found = question.companion.ask(question.line)
+    started = time.perf_counter()
+    os.sync()
+    settle_seconds = time.perf_counter() - started
+    return Outcome(found["wall_seconds"], settle_seconds, found["cpu_seconds"], found["rss_bytes"], "")
+
+
+def _run(command: Command) -> Outcome:
     if command.cold is not None:
         drop_from_cache(command.cold)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:

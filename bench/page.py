@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bars import Record, judge
-from rows import ROWS, Row
+from bars import Record, judge, shown_seconds
+from rows import ROWS, OfTraining, Row
 
 NOTES_BEGIN = "<!-- notes: written by hand, kept when the page is made again -->"
 NOTES_END = "<!-- end of notes -->"
@@ -30,6 +30,10 @@ cache; the programs themselves stay in it. restic and borg run with their defaul
 2; borg: no encryption, lz4) and keep their own metadata caches. Outlast syncs what it writes to the disk; a
 program that doesn't gets its time without that, and the column "on disk" says when a sync was through.
 Peak memory is that of the process and its children; 22 MB and less is the floor of the measurement.
+
+The last {trainings} tables, of training states, are measured inside one process that holds a transformer of these
+shapes and its AdamW on the CPU: parameters and moments are {state:.2f} GB, and all of them change between two saves.
+Peak memory is there what the contender took at most beside the state.
 """
 
 
@@ -41,6 +45,8 @@ def render(header: dict[str, Any], records: list[Record], notes: str) -> str:
         machine=sentence(header["machine"]),
         programs="Programs: " + ", ".join(header["programs"]) + ".",
         gigabytes=max(sizes, default=0) / 1e9,
+        state=max((item.get("state_bytes", 0) for item in records), default=0) / 1e9,
+        trainings=sum(issubclass(row, OfTraining) for row in ROWS),
     )
     sections = [text, bars_table(records), f"{NOTES_BEGIN}\n{notes.strip()}\n{NOTES_END}\n"]
     sections += [row_table(row, records) for row in ROWS if any(item["row"] == row.name for item in records)]
@@ -70,6 +76,7 @@ def row_table(row: type[Row], records: list[Record]) -> str:
     lines = [
         f"## {row.title}",
         "",
+        *([row.note, ""] if row.note else []),
         f"| ratio to {reference} | | median | range | on disk | rate | CPU | repository | new bytes | peak memory |",
         "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
@@ -90,11 +97,11 @@ def figures(runs: list[Record]) -> list[str]:
     settled = median(item["wall_seconds"] + item["settle_seconds"] for item in runs)
     rate = runs[0]["source_bytes"] / median(wall) / 1e6
     return [
-        f"{median(wall):.2f} s",
-        f"{min(wall):.2f} to {max(wall):.2f}",
-        f"{settled:.2f} s",
+        shown_seconds(median(wall)),
+        f"{shown_seconds(min(wall))} to {shown_seconds(max(wall))}",
+        shown_seconds(settled),
         f"{rate:,.0f} MB/s" if runs[0]["source_bytes"] else "",
-        f"{median(item['cpu_seconds'] for item in runs):.2f} s",
+        shown_seconds(median(item["cpu_seconds"] for item in runs)),
         megabytes(middle_of(runs, "repository_bytes")),
         new_bytes(runs),
         megabytes(max(item["rss_bytes"] for item in runs)),

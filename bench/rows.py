@@ -27,10 +27,11 @@ from contenders import (
     plainly_restored,
     said,
 )
-from measure import Command, Outcome, bytes_in, remove, warm_up
+from measure import Command, Companion, Outcome, Question, bytes_in, remove, warm_up
 
 DATA = Path(__file__).with_name("data.py")
 GROW = Path(__file__).with_name("grow.py")
+TRAINING = Path(__file__).with_name("training.py")
 ALL = (NONE, AUTO, SEALED, RESTIC, BORG)
 DEFAULTS = (AUTO, RESTIC, BORG)
 
@@ -51,6 +52,7 @@ class Stage:
     changed_bytes: int = 0
     small_bytes: int = 0
     kept: dict[tuple[str, str], Path] = field(default_factory=dict)
+    companion: Companion | None = None
     first_round: bool = True
 
     @property
@@ -81,6 +83,17 @@ class Stage:
             grown.mkdir()
             subprocess.run([sys.executable, str(GROW), str(grown), *map(str, counts)], check=True)
         return {f"outlast, {count:,} snapshots": grown / str(count) for count in counts}
+
+    def training(self) -> Companion:
+        """The process that trains, begun when it is first needed."""
+        if self.companion is None:
+            argv = [sys.executable, str(TRAINING), str(self.scratch / "training"), "--scale", str(self.scale)]
+            self.companion = Companion(argv)
+        return self.companion
+
+    def close(self) -> None:
+        if self.companion is not None:
+            self.companion.close()
 
     def make_small(self) -> None:
         if not self.small_bytes:
@@ -124,7 +137,7 @@ class Trial:
     """One contender in one row. `ready` prepares, untimed, and returns what to time."""
 
     contender: str
-    ready: Callable[[], Command]
+    ready: Callable[[], Command | Question]
     facts: Callable[[Outcome], dict[str, int]] = nothing
 
 
@@ -135,6 +148,8 @@ class Row(ABC):
     title: str
     reference: str
     """the contender that every other one is divided by"""
+    note = ""
+    """what the title can't say"""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
@@ -145,6 +160,10 @@ class Row(ABC):
     @abstractmethod
     def trials(self) -> list[Trial]:
         """The contenders of one round."""
+
+    def end(self) -> None:
+        """After the last round."""
+        return
 
     def source_bytes(self) -> int:
         return self.stage.source_bytes
@@ -334,6 +353,105 @@ class GrownPrune(Grown):
         return AUTO.plan_prune(repository)
 
 
+class OfTraining(Row):
+    """Measured by the companion, which knows the contenders."""
+
+    reads_or_writes_all = True
+    """so that a rate says something"""
+
+    def trials(self) -> list[Trial]:
+        companion = self.stage.training()
+
+        def facts(_: Outcome) -> dict[str, int]:
+            return {"state_bytes": companion.facts["bytes"]}
+
+        def ready(contender: str) -> Question:
+            return Question(companion, f"{self.name}\t{contender}")
+
+        return [Trial(each, partial(ready, each), facts) for each in companion.facts["rows"][self.name]]
+
+    def end(self) -> None:
+        self.stage.training().ask(f"{self.name}\t")
+
+    def source_bytes(self) -> int:
+        return int(self.stage.training().facts["bytes"]) if self.reads_or_writes_all else 0
+
+
+class Stall(OfTraining):
+    name = "stall"
+    title = "A save that copies the training state within the call: how long the call takes"
+    reference = "memcpy"
+    note = (
+        "`memcpy` copies the same tensors one after the other into memory that was touched before; in one piece are as "
+        "many bytes of one array, whose memory lies in huge pages on both sides."
+    )
+
+
+class StallOverlapped(OfTraining):
+    name = "stall-overlap"
+    title = "A save that copies while training goes on: how long the training stands still"
+    reference = "dcp.async_save, copied in a thread"
+    reads_or_writes_all = False
+    note = (
+        "The call, and what the next `optimizer.step()` waits for; forward and backward between them take longer than "
+        "the copy. DCP's stager copies in a thread too, where it is told to, and leaves the wait to the script."
+    )
+
+
+class Loop(OfTraining):
+    name = "loop"
+    title = "What one save costs a training loop as a whole"
+    reference = "dcp.async_save"
+    reads_or_writes_all = False
+    note = "Four steps with one save, until it is written, minus four steps without: what the saving takes from them."
+
+
+class Durable(OfTraining):
+    name = "durable"
+    title = "A save until it survives a power cut"
+    reference = "write + fsync"
+
+
+class Frozen(OfTraining):
+    name = "frozen"
+    title = "The same, after 2 of 12 blocks changed and all else was frozen"
+    reference = "torch.save + fsync"
+    note = "The blocks were trained before they were frozen, so the optimizer keeps moments for all of them."
+
+
+class FrozenFromTheBeginning(OfTraining):
+    name = "frozen-new"
+    title = "The same, with an optimizer that never had the frozen blocks"
+    reference = "torch.save + fsync"
+    reads_or_writes_all = False
+    note = "So two fifths of the state are moments and weights that change, and the rest are weights that don't."
+
+
+class LoadCold(OfTraining):
+    name = "load-cold"
+    title = "Loading a training state that is not in the page cache"
+    reference = "plain read"
+    note = (
+        "`Run.load` verifies every byte and fills the live model and optimizer. `torch.load` alone fills nothing, "
+        "and neither it nor DCP verifies."
+    )
+
+
+class LoadWarm(OfTraining):
+    name = "load-warm"
+    title = "Weights from the page cache, memory-mapped and not verified"
+    reference = "safetensors load_file"
+    reads_or_writes_all = False
+    note = "Of the model alone, until each tensor was added up once: mapping by itself reads nothing."
+
+
+class Step(OfTraining):
+    name = "step"
+    title = "`run.step()` where no save is due"
+    reference = "Run.step"
+    reads_or_writes_all = False
+
+
 ROWS: tuple[type[Row], ...] = (
     First,
     Unchanged,
@@ -347,6 +465,15 @@ ROWS: tuple[type[Row], ...] = (
     GrownList,
     GrownPrune,
     Help,
+    Stall,
+    StallOverlapped,
+    Loop,
+    Durable,
+    Frozen,
+    FrozenFromTheBeginning,
+    LoadCold,
+    LoadWarm,
+    Step,
 )
 
 

@@ -1,4 +1,4 @@
-"""`make bench`: Outlast beside restic, borg and the disk itself, in one run.
+"""`make bench`: Outlast beside restic, borg, PyTorch's own checkpoints and the disk itself, in one run.
 
     python bench/run.py                                 everything; writes docs/benchmarks.md
     python bench/run.py --rows first,restore            some rows; the others stay as they were
@@ -14,11 +14,12 @@ import compileall
 import json
 import shutil
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bars import Record
+from bars import Record, shown_seconds
 from contenders import ALL_RIVALS, AUTO, installed, version
 from measure import machine, remove, run
 from page import kept_notes, render
@@ -75,7 +76,8 @@ def measure_row(row: Row, rounds: int) -> list[Record]:
             record |= {"source_bytes": row.source_bytes(), **trial.facts(outcome)}
             counted = number >= thrown_away
             label = f"{number - thrown_away + 1}/{rounds}" if counted else "warm-up"
-            print(f"{row.name:<14} {label:<8} {trial.contender:<22} {outcome.wall_seconds:8.2f} s", flush=True)
+            took = shown_seconds(outcome.wall_seconds)
+            print(f"{row.name:<14} {label:<8} {trial.contender:<34} {took:>9}", flush=True)
             if counted:
                 records.append(record)
     return records
@@ -109,9 +111,12 @@ def main() -> None:
         }
         stage = Stage(options.scratch, options.scale)
         measured: list[Record] = []
-        for row in ROWS:
-            if row.name in options.rows:
-                measured += measure_row(row(stage), options.rounds)
+        with closing(stage):
+            for kind in ROWS:
+                if kind.name in options.rows:
+                    row = kind(stage)
+                    measured += measure_row(row, options.rounds)
+                    row.end()
     finally:
         remove(options.scratch)
     if options.scale != 1:

@@ -48,6 +48,42 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [], "the benchmark left something behind"
 
 
+@pytest.mark.slow
+def test_the_rows_of_trainings_run(tmp_path: Path) -> None:
+    """Every promise about them is measured, but for the difference of two loops, which is noise where they are tiny."""
+    rows = "stall,stall-overlap,loop,durable,frozen,frozen-new,load-cold,load-warm,step"
+    options = ["--scale", "0.0005", "--rounds", "1", "--rows", rows, "--disk", str(tmp_path)]
+    ran = subprocess.run([sys.executable, str(BENCH / "run.py"), *options], capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    table = ran.stdout.partition("## What is promised")[2].partition("<!-- notes")[0]
+    promises = [line for line in table.splitlines() if "| Run." in line or "| mapped.open" in line]
+    assert len(promises) == 12
+    assert {line.split(" | ")[3] for line in promises if " | not measured | " in line} <= {"loop"}
+    for contender in ("memcpy", "write + fsync", "torch.load + load_state_dict", "dcp.load", "safetensors safe_open"):
+        assert f" | {contender} | " in ran.stdout
+    assert list(tmp_path.iterdir()) == [], "the benchmark left something behind"
+
+
+@pytest.mark.usefixtures("bench")
+def test_short_times_are_told_in_their_own_units() -> None:
+    from bars import BARS, judge
+
+    records = [run("stall-overlap", "Run.save", 0.0042), run("step", "Run.step", 8e-7)]
+    found = {(verdict.row, verdict.figure): verdict.kept for verdict in judge(records) if verdict.figure}
+    assert found["stall-overlap", "4.2 ms"] is True
+    assert found["step", "0.8 µs"] is True
+    assert {"at most 10 ms", "at most 5 µs", "at most 0.5 s"} <= {bar.text for bar in BARS}
+
+
+@pytest.mark.usefixtures("bench")
+def test_what_costs_less_than_nothing_is_not_a_measure() -> None:
+    """Where the loop with saves of the other was faster than that without, its noise is no rival."""
+    from bars import judge
+
+    records = [run("loop", "Run.save", 0.1), run("loop", "dcp.async_save", -0.2)]
+    assert [verdict.kept for verdict in judge(records) if verdict.row == "loop"] == [None]
+
+
 @pytest.mark.usefixtures("bench")
 def test_verdicts_follow_the_medians() -> None:
     from bars import judge

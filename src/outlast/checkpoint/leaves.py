@@ -7,6 +7,7 @@ right after the header: with it they are one chunk that changes at every step, a
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -39,14 +40,11 @@ class Leaf(NamedTuple):
     tensor: torch.Tensor
     steady: bool
     """nothing but a step of an optimizer changes it"""
+    nbytes: int
 
     @property
     def dtype(self) -> str:
         return _NAMES[self.tensor.dtype]
-
-    @property
-    def nbytes(self) -> int:
-        return self.tensor.numel() * self.tensor.element_size()
 
 
 class Region(NamedTuple):
@@ -109,7 +107,7 @@ class Leaves:
         name = node["name"] = self._free(name)
         self._known[place] = name
         steady = tensor.untyped_storage().data_ptr() in self._steady
-        self.found.append(Leaf(name, tensor, steady))
+        self.found.append(Leaf(name, tensor, steady, tensor.nbytes))
         return node
 
     def _free(self, name: str) -> str:
@@ -163,6 +161,12 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     # Of one element the stride may be anything, and it is contiguous all the same.
     flat = tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
     return flat.numpy().data.cast("B") if flat.numel() else memoryview(b"")
+
+
+def private_memory(count_bytes: int) -> mmap.mmap:
+    """Zeros, in memory of this process alone, that is given when it is touched."""
+    # Not in large pages: they are no faster to copy to, and to find them for the first save takes four times as long.
+    return mmap.mmap(-1, count_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 class TensorFile:

@@ -391,11 +391,12 @@ class Run:
         return _NEVER, self._saved_at + after.seconds - self._step_seconds / 2
 
     def _accumulating(self) -> set[int]:
-        """Parameters of optimizers that have not stepped in the iteration that ends: their gradients are needed."""
+        """Parameters of optimizers that have not stepped in the last iteration: their gradients are needed."""
+        used_up = {self.finished_steps, self.finished_steps - (not self._is_inside_step)}
         return {
             id(parameter)
             for each in live.optimizers(self.state)
-            if self._stepped_at.get(id(each), -1) != self.finished_steps - 1
+            if self._stepped_at.get(id(each), -1) not in used_up
             for group in each.param_groups
             for parameter in group["params"]
         }

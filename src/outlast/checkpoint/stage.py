@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from outlast.checkpoint.accelerator import Accelerator, Cuda
-from outlast.checkpoint.leaves import Leaf, tensor_bytes
+from outlast.checkpoint.leaves import Leaf, private_memory, tensor_bytes
 from outlast.errors import Refused
 
 _ALIGN_BYTES = 4096
@@ -106,14 +106,13 @@ class Stage:
         self._pinned: NDArray[np.uint8] = np.empty(0, np.uint8)
 
     def reserve(self, count_bytes: int) -> None:
-        """Have so much memory at hand, its pages touched."""
+        """Have so much memory at hand. Its pages are touched by whoever copies into them first."""
         if len(self._memory) >= count_bytes:
             return
-        memory = mmap.mmap(-1, count_bytes)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        memory = private_memory(count_bytes)
+        # Workers of a loader that are forked don't need it, and while they had it, each page would be copied anew.
+        memory.madvise(mmap.MADV_DONTFORK)
         self._memory = np.frombuffer(memory, np.uint8)
-        self._memory[:: mmap.PAGESIZE] = 0
 
     def begin(self, files: dict[str, list[Leaf]], *, overlap: bool) -> Staged:
         """Copy: what is not steady before this returns, the rest in a thread."""

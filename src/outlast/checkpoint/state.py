@@ -20,12 +20,13 @@ import numpy as np
 import torch
 
 from outlast.checkpoint.description import RNG
-from outlast.checkpoint.leaves import Leaf, Leaves, Region, local, rebuild, region_of
+from outlast.checkpoint.leaves import Leaf, Leaves, Region, local, private_memory, rebuild, region_of
 from outlast.checkpoint.tree import Node, Path, TakeTensor, decode, encode, shown
 from outlast.errors import Corrupt, InvalidInput, Refused
 
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 _RESERVED = {RNG, "state"}
+_LAZY_BYTES_MIN = 1 << 20
 _WRAPPED = re.compile(r"(^|\.)_orig_mod(?=\.|$)")
 
 State = Mapping[str, Any]
@@ -73,6 +74,8 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
 
 def plain_name(name: str) -> str:
     """A name without the prefixes that `torch.compile` adds."""
+    if "_orig_mod" not in name:
+        return name
     return _WRAPPED.sub(r"\1", name).replace("..", ".").lstrip(".")
 
 
@@ -376,9 +379,17 @@ def _give_to_module(module: torch.nn.Module, tree: Node, give: Give, regions: Ma
             if node == "absent":
                 parameter.grad = None
             else:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = _zeros_like(parameter)
                 if node is not None:
                     parameter.grad.copy_(_like(parameter, give, regions, node))
+
+
+def _zeros_like(parameter: torch.Tensor) -> torch.Tensor:
+    """Large ones in memory that is touched when it is used, and mostly it isn't: gradients are zeroed before."""
+    plain = type(parameter) in (torch.Tensor, torch.nn.Parameter) and parameter.is_contiguous()
+    if not plain or parameter.device.type != "cpu" or parameter.nbytes < _LAZY_BYTES_MIN:
+        return torch.zeros_like(parameter)
+    return torch.frombuffer(private_memory(parameter.nbytes), dtype=parameter.dtype).view(parameter.shape)
 
 
 def _of_owners(
