@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 
 from outlast.checkpoint.run import Run
-from outlast.errors import InvalidInput, Refused
+from outlast.errors import Refused
 
 COUNT = 23
 
@@ -182,7 +182,7 @@ def test_another_number_of_ranks_loses_and_repeats_nothing(tmp_path: Path) -> No
 
 def test_data_that_is_not_what_it_was_is_refused(tmp_path: Path) -> None:
     life(str(tmp_path), LOADERS["shuffled"], 2)
-    with pytest.raises(InvalidInput, match="the dataset has 24 samples, and had 23"):
+    with pytest.raises(Refused, match="the dataset had 23 samples and has 24"):
         life(str(tmp_path), lambda: DataLoader(Numbers(24), batch_size=4, shuffle=True), 4)
 
 

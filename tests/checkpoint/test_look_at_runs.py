@@ -58,6 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for _ in range(2):  # two lives that saved nothing
         again = Run(str(repository), name="gpt", state=state(), save_every=10**9)
         assert again.resume() == 3
+        again.begin_step()
         again.close()
     (folder / "file").write_text("x")
     outlast(repository, "backup", str(folder / "file"), "--name", "gpt-files")

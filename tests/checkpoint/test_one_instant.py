@@ -73,8 +73,7 @@ def test_without_the_wait_the_torn_copy_is_noticed(tmp_path: Path, monkeypatch: 
     with pytest.raises(Refused, match="changed outside of its optimizer"):
         pending.wait()
     assert run.checkpoints() == []
-    with pytest.raises(Refused):
-        run.close()
+    run.close()  # it was told once
 
 
 class Device:

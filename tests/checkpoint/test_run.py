@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,7 @@ def died_after(url: str, steps: int) -> int:
     """A life that goes on from the newest checkpoint, and is killed so many steps later; where it began."""
     run = Run(url, name="x", state=made(), save_every=10**9)
     began = run.resume()
+    run.begin_step()
     trained(run, steps)
     run._let_go()
     return began
@@ -289,3 +292,100 @@ def test_an_encrypted_run_needs_its_passphrase(url: str) -> None:
     assert not any(
         b"weight" in path.read_bytes() for path in Path(url).rglob("*") if path.is_file() and "packs" in path.parts
     )
+
+
+def test_going_back_stays_gone_back(url: str) -> None:
+    """What was saved last is the newest, whatever its step: a run that went back goes on from there."""
+    with Run(url, name="x", state=made(), save_every=2, keep=2) as run:
+        run.resume()
+        for _ in range(3):
+            trained(run, 2)
+            run.checkpoints()
+    again = Run(url, name="x", state=made(), save_every=10**9, keep=2)
+    assert steps_of(again) == [4, 6]
+    assert again.load(4) == 4
+    trained(again, 1)
+    again.save().wait()
+    again.close()
+    assert steps_of(again) == [6, 5]
+    assert Run(url, name="x", state=made()).resume() == 5
+
+
+def test_a_process_that_did_not_resume_can_not_push_out_a_run(url: str) -> None:
+    with Run(url, name="x", state=made(), save_every=2) as run:
+        trained(run, 2)
+    fresh = Run(url, name="x", state=made(), save_every=10**9)
+    trained(fresh, 1)
+    with pytest.raises(Refused, match="did not go on from"):
+        fresh.save().wait()
+    assert steps_of(fresh) == [2]
+
+
+def test_looking_at_a_finished_run_is_no_crash(url: str) -> None:
+    with Run(url, name="x", state=made(), save_every=2) as run:
+        trained(run, 2)
+    for _ in range(5):
+        again = Run(url, name="x", state=made())
+        assert again.resume() == 2
+        again._let_go()
+
+
+def test_gradients_that_came_after_the_step_are_kept(url: str) -> None:
+    """As in adversarial training, where the other's backward adds to them."""
+    state = made()
+    run = Run(url, name="x", state=state, save_every=10**9)
+    state["model"](torch.ones(2, 4)).sum().backward()
+    state["optimizer"].step()
+    state["optimizer"].zero_grad()
+    state["model"](torch.ones(2, 4)).sum().backward()
+    run.step()
+    run.save().wait()
+    other = made()
+    Run(url, name="x", state=other).load()
+    assert torch.equal(other["model"].weight.grad, state["model"].weight.grad)
+
+
+def test_a_parameter_of_no_module_is_refused(url: str) -> None:
+    state = made()
+    state["optimizer"].add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+    with pytest.raises(InvalidInput, match="in no module of the state"):
+        Run(url, name="x", state=state)
+
+
+def test_another_optimizer_is_refused_before_anything_is_changed(url: str) -> None:
+    with Run(url, name="x", state=made()) as run:
+        trained(run, 1)
+    other = made()
+    before = other["model"].weight.clone()
+    other["optimizer"] = torch.optim.AdamW(other["model"].parameters())
+    with pytest.raises(Refused, match="was of SGD, is of AdamW"):
+        Run(url, name="x", state=other).resume()
+    assert torch.equal(other["model"].weight, before)
+
+
+def test_a_script_that_ends_without_closing_loses_no_save(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch, outlast\n"
+        "model = torch.nn.Linear(4000, 4000)\n"
+        f"run = outlast.Run({str(tmp_path / 'runs')!r}, name='x', state={{'model': model}})\n"
+        "run.resume(); run.step(); run.save()\n"
+    )
+    subprocess.run([sys.executable, str(script)], check=True, timeout=60)
+    assert Run(tmp_path / "runs", name="x", state={"model": torch.nn.Linear(4000, 4000)}).resume() == 1
+
+
+def test_after_a_save_that_failed_the_last_step_is_saved_all_the_same(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from outlast.repo.write import Writer
+
+    run = Run(url, name="x", state=made(), save_every=10**9)
+    run.resume()
+    trained(run, 1)
+    with monkeypatch.context() as broken:
+        broken.setattr(Writer, "commit", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.save().wait()
+    run.close()
+    assert steps_of(run) == [1]

@@ -28,7 +28,7 @@ from torch.utils.data import (
 )
 
 from outlast.checkpoint.state import give_random_state, random_state
-from outlast.errors import InvalidInput, Refused
+from outlast.errors import Refused
 
 _MIX = 0x9E3779B97F4A7C15
 
@@ -106,6 +106,8 @@ class Feed:
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
+        self.on_batch: Callable[[], None] = _nothing
+        """called when a batch is given out"""
         self._loader = loader
         self._epoch = 0
         self._seed: int | None = None
@@ -181,6 +183,8 @@ class Feed:
                 yield Batch(indices, mixed(seed, number))
             return
         order, ranks, rank = self._indices()
+        if left := (len(order) - at) % ranks:  # it was consumed by another number of ranks
+            order = order[:-left] if self._drops_uneven() else [*order, *order[at:][: ranks - left]]
         drops_last = getattr(self._loader.batch_sampler, "drop_last", False)
         size = self._batch_size * ranks
         while at < len(order):
@@ -189,6 +193,9 @@ class Feed:
                 return
             yield Batch(mine, mixed(seed, at + rank))
             at += size
+
+    def _drops_uneven(self) -> bool:
+        return bool(getattr(self._sampler(), "drop_last", False))
 
     def _own_batches(self, skip: int) -> Iterator[Sequence[Any]]:
         """Those of the user's own sampler, which draws from generators as they were when the epoch began."""
@@ -225,6 +232,7 @@ class Feed:
         was_under_way, gave = self._seed is not None, False
         for batch in self._rest():
             gave = True
+            self.on_batch()
             yield batch
         if was_under_way and not gave:  # the place was behind the last batch of an epoch
             yield from self._rest()
@@ -278,18 +286,21 @@ class Feed:
         found["samples"] = len(self._loader.dataset)  # type: ignore[arg-type]
         return found | ({"start": self._start} if self._start is not None else {})
 
+    def differs_from(self, saved: dict[str, Any]) -> str:
+        """What keeps a place from being given back, or nothing."""
+        count = None if self._inner is None else len(self._loader.dataset)  # type: ignore[arg-type]
+        if count is None or saved.get("samples") == count:
+            return ""
+        return (
+            f"the dataset had {saved.get('samples')} samples and has {count}, so the place in it means something else; "
+            "leave the loader out of the state to begin an epoch anew"
+        )
+
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Raises `InvalidInput` where the data is not what it was."""
         if self._inner is None:
             self._epoch = saved["epoch"]
             self._tell_epoch()  # a place in another epoch is none
             self._loader.dataset.load_state_dict(saved["dataset"])  # type: ignore[attr-defined]
-        elif saved.get("samples") != len(self._loader.dataset):  # type: ignore[arg-type]
-            raise InvalidInput(
-                f"the dataset has {len(self._loader.dataset)} samples, and had {saved.get('samples')} when it was "  # type: ignore[arg-type]
-                "saved: the same place in it means something else now.",
-                hint="Train on the same data, or leave the loader out of the state to begin an epoch anew.",
-            )
         self._epoch, self._consumed, self._seed = saved["epoch"], saved["consumed"], saved["seed"]
         self._start = saved.get("start")
 
@@ -312,6 +323,7 @@ class Placed:
     """A loader that knows its place itself: it begins where it was left, also when that is the end of an epoch."""
 
     def __init__(self, loader: Any) -> None:
+        self.on_batch: Callable[[], None] = _nothing
         self._loader = loader
         self._goes_on = False
 
@@ -324,6 +336,7 @@ class Placed:
         gave = False
         for batch in batches:
             gave = True
+            self.on_batch()
             yield batch
         if goes_on and not gave:
             yield from self._loader
@@ -334,6 +347,10 @@ class Placed:
     def load_state_dict(self, saved: Any) -> None:
         self._loader.load_state_dict(saved)
         self._goes_on = True
+
+
+def _nothing() -> None:
+    pass
 
 
 def placed(loader: Any) -> Feed | Placed:

@@ -12,13 +12,12 @@ _SHOWN = 8
 
 
 def checkpoints(repository: Repository, run: str | None = None) -> list[tuple[int, Snapshot]]:
-    """(step, snapshot) of every checkpoint, or of those of one run, in order of step."""
-    found = [
+    """(step, snapshot) of every checkpoint, or of those of one run, in the order in which they were committed."""
+    return [
         (int(each.tags["step"]), each)
         for each in repository.snapshots()
         if each.kind == "checkpoint" and run in (None, each.name) and each.tags.get("step", "").isdecimal()
     ]
-    return sorted(found, key=lambda each: (each[0], each[1].time))
 
 
 def of_run(repository: Repository, reference: str) -> Snapshot | None:

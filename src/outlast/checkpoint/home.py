@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from outlast.checkpoint import keep
+from outlast import expect_encrypted, not_empty
+from outlast.checkpoint import finding, keep
 from outlast.checkpoint import save as saving
 from outlast.checkpoint.keep import Kept
 from outlast.checkpoint.ranks import Ranks
@@ -65,16 +66,21 @@ class Tier:
     def open(self, *, make: bool) -> Repository | None:
         if self._opened is None:
             store = open_store(self._url)
-            given: Any = {"secret": self._secret, "clock": self._clock, "sink": self._sink}
+            given: Any = {"secret": self._secret and not_empty(self._secret), "clock": self._clock, "sink": self._sink}
             try:
-                self._opened = Repository.open(store, **given)
+                self._opened = self._checked(Repository.open(store, **given))
             except NoRepository:
                 if make:
                     try:
                         self._opened = Repository.create(store, compression="none", **given)
                     except Refused:  # another run made it meanwhile
-                        self._opened = Repository.open(store, **given)
+                        self._opened = self._checked(Repository.open(store, **given))
         return self._opened
+
+    def _checked(self, repository: Repository) -> Repository:
+        if self._secret is not None:
+            expect_encrypted(repository)
+        return repository
 
     @property
     def repository(self) -> Repository:
@@ -82,13 +88,14 @@ class Tier:
         assert found is not None
         return found
 
-    def checkpoints(self) -> list[tuple[int, Snapshot]]:
-        """(step, snapshot), in order of step."""
+    def checkpoints(self, *, fresh: bool = False) -> list[tuple[int, Snapshot]]:
+        """(step, snapshot), in the order in which they were committed; `fresh`: those that others committed too."""
         repository = self.open(make=False)
-        every = repository.snapshots() if repository else []
-        mine = [each for each in every if each.kind == "checkpoint" and each.name == self._name]
-        found = [(int(each.tags["step"]), each) for each in mine if each.tags.get("step", "").isdigit()]
-        return sorted(found, key=lambda each: (each[0], each[1].time))
+        if repository is None:
+            return []
+        if fresh:
+            repository.refresh()
+        return finding.checkpoints(repository, self._name)
 
     def note_resumed(self, snapshot: Snapshot, died_at: int) -> None:
         """Count it in the log, see `keep.crashes`. That this fails doesn't keep the run from going on."""
@@ -106,12 +113,10 @@ class Tier:
                 hint="Give the run a place that all of them share, such as s3:// or a network file system.",
             )
         for left in reversed(range(_TRIES)):
-            self.repository.refresh()
-            made = self.checkpoints() if self.delta else []
-            before, trusting = made[-1][1] if made else None, not self.was_damaged
+            trusting = not self.was_damaged
             try:
                 return saving.persist(
-                    self.repository, self._name, captured, tags, ranks, trusting=trusting, before=before
+                    self.repository, self._name, captured, tags, ranks, trusting=trusting, delta=self.delta
                 )
             except Busy:  # somebody's prune took what it relied on
                 if not left:
@@ -153,19 +158,28 @@ class Home:
         self.memory = Tier(self._memory_folder, name, secret, clock, sink)
         self.reached = Reached(f"{self._memory_folder}.step")
 
-    def candidates(self) -> list[Candidate]:
-        """Every checkpoint, newest first; of the same step that in memory."""
+    def candidates(self, *, with_memory: bool) -> list[Candidate]:
+        """Every checkpoint, the one that was saved last before all others. Those in memory stand by their time."""
         began_at, died_at = self.reached.last() or (None, None)
-        found: list[tuple[int, bool, str, Candidate]] = []
-        for tier in (self.disk, self.memory):
-            if tier is self.memory and not _is_private(self._user_folder, self._memory_folder):
+        found: list[tuple[str, Candidate]] = []
+        tiers = [self.disk]
+        if with_memory and _is_private(self._user_folder, self._memory_folder):
+            tiers.append(self.memory)
+        for tier in tiers:
+            try:
+                made = tier.checkpoints(fresh=True)
+            except OutlastError as exc:
+                if tier is self.disk:
+                    raise
+                self._sink.event(Event("checkpoint.skipped", f"what is saved in memory is skipped: {exc.message}"))
                 continue
-            for step, each in tier.checkpoints():
+            for step, each in reversed(made):
                 resumed = tier.repository.state.resumed.get(each.id, [])
                 crashes = keep.crashes(resumed, died_at if began_at == step and resumed else None)
-                in_memory = tier is self.memory
-                found.append((step, in_memory, each.time, Candidate(each.id, step, in_memory, crashes)))
-        return [each[-1] for each in sorted(found, key=lambda each: each[:3], reverse=True)]
+                candidate = Candidate(each.id, step, tier is self.memory, crashes)
+                older = (at for at, (time, _) in enumerate(found) if time <= each.time)
+                found.insert(next(older, len(found)) if tier is self.memory else len(found), (each.time, candidate))
+        return [candidate for _, candidate in found]
 
     def begin(self, step: int, candidate: Candidate | None = None) -> None:
         """A life of the run begins at this step, of this checkpoint if it is not its first."""
@@ -205,7 +219,10 @@ class Home:
             else:
                 self.disk.drop(self._policy)
                 if _is_private(self._user_folder, self._memory_folder):
-                    shutil.rmtree(self._memory_folder)  # it holds older ones alone
+                    gone = f"{self._memory_folder}.gone"
+                    shutil.rmtree(gone, ignore_errors=True)
+                    os.rename(self._memory_folder, gone)  # it holds older ones alone
+                    shutil.rmtree(gone)
                     self.memory = self.memory.anew()
         except (OutlastError, OSError) as exc:
             self._sink.event(Event("checkpoint.not_dropped", f"old checkpoints were not dropped: {exc}"))

@@ -39,6 +39,18 @@ class Policy(msgspec.Struct, frozen=True):
         return name, direction == "min"
 
 
+def checked(last: int, every_steps: int, best: str) -> Policy:
+    """Raises `InvalidInput`."""
+    if last < 1 or every_steps < 0:
+        raise InvalidInput(
+            f"keep={last}, keep_every={every_steps}: at least the last one is kept, and steps are counted."
+        )
+    policy = Policy(last, every_steps, best)
+    if best:
+        policy.metric  # noqa: B018  raises
+    return policy
+
+
 def crashes(resumed: Sequence[int], died_at: int | None) -> int:
     """How often a run died at the same step, or nobody knows where, since it went on from a checkpoint.
 
@@ -62,7 +74,7 @@ def best(found: Sequence[Kept], policy: Policy) -> Kept | None:
 
 
 def reasons(found: Sequence[Kept], policy: Policy) -> dict[str, str]:
-    """id -> why it is kept; the others may go. `found` is in order of step.
+    """id -> why it is kept; the others may go. `found` is in the order in which they were saved.
 
     The newest whose metrics are all numbers stays, however many came after it: a run that turned into NaN goes
     back to it.

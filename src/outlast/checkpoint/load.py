@@ -107,10 +107,13 @@ def load(repository: Repository, snapshot: Snapshot, state: State, rank: int = 0
     if missing:
         raise Refused(f"checkpoint {snapshot.id[:8]} has no {', '.join(missing)}; it has {', '.join(shelf.parts)}.")
     wanted = {key: part for key, part in shelf.parts.items() if key in state or key == RNG}
-    refuse_mismatch(snapshot, live.mismatches(state, wanted, shelf.shape_of))
+    classes: Any = shelf.described.facts.get("classes", {})
+    refuse_mismatch(snapshot, live.mismatches(state, wanted, shelf.shape_of, classes))
     regions = live.regions(state, wanted, shelf.shape_of)
     targets = live.destinations(state, wanted)
     notes = [] if saved_ranks == ranks else [_resharding(shelf, state, saved_ranks, ranks)]
+    left_out = [key for key in shelf.parts if key not in wanted]
+    notes += [f"not in the state, and so not restored: {', '.join(left_out)}"] if left_out else []
     if saved_ranks != ranks:
         notes += _taken_of_first(snapshot, shelves, state)
     tensors: Tensors = {}

@@ -17,8 +17,11 @@ class PendingSave:
     dropped. *Verified*: every byte was read back from the repository and compared; nobody does that unasked.
     """
 
-    def __init__(self, step: int, staged: Staged, verify: Callable[[Snapshot], None]) -> None:
+    def __init__(
+        self, step: int, staged: Staged, verify: Callable[[Snapshot], None], *, in_memory: bool = False
+    ) -> None:
         self.step = step
+        self.in_memory = in_memory
         self.snapshot: Snapshot | None = None
         self.cost_seconds = 0.0
         """what it took from the training so far"""
@@ -35,11 +38,6 @@ class PendingSave:
     def done(self) -> bool:
         """Durable, and older ones dropped; or failed."""
         return self._done.is_set()
-
-    @property
-    def unseen_error(self) -> BaseException | None:
-        """What made it fail, while nobody was told."""
-        return None if self._was_raised else self._error
 
     def wait_staged(self) -> None:
         """Raises `Refused` when the copy isn't of one instant."""
@@ -60,8 +58,16 @@ class PendingSave:
     def wait_verified(self) -> Snapshot:
         """Until it is durable, and then read it back. Raises `Corrupt`, and what `wait` raises."""
         snapshot = self.wait()
+        self.wait_done()  # a repository is for one thread
         self._verify(snapshot)
         return snapshot
+
+    def take_error(self) -> BaseException | None:
+        """What made it fail, unless it was raised already."""
+        if self._was_raised:
+            return None
+        self._was_raised = self._error is not None
+        return self._error
 
     def raise_error(self) -> None:
         if self._error is not None:

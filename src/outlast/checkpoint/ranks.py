@@ -43,11 +43,11 @@ class Channel:
             failure = exc
         told = b"+" + mine if failure is None else b"-" + msgspec.json.encode(_told(failure))
         answers = self._all(told)
-        if failure is not None:
-            raise failure
         for rank, answer in enumerate(answers):
-            if answer[:1] != b"+":
-                raise _heard(rank, msgspec.json.decode(answer[1:], type=_Failure))
+            if answer[:1] != b"+":  # the first one's is raised on all, so that all do the same about it
+                if failure is not None and rank == self._rank:
+                    raise failure
+                raise _heard(rank, msgspec.json.decode(answer[1:], type=_Failure)) from failure
         return [msgspec.json.decode(answer[1:], type=kind) for answer in answers]
 
     def from_first(self, work: Callable[[], T], kind: type[T]) -> T:
@@ -61,36 +61,42 @@ class Channel:
         """A few numbers of each rank: the cheapest exchange."""
         if self._size == 1:
             return [list(mine)]
-        local = torch.tensor(mine, dtype=torch.float64)
-        found = [torch.empty_like(local) for _ in range(self._size)]
-        dist.all_gather(found, local, group=self._group)
-        return [each.tolist() for each in found]
+        return [each.tolist() for each in self._gather(torch.tensor(mine, dtype=torch.float64))]
 
-    def _all(self, mine: bytes) -> list[bytes]:
+    def _gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        found = [torch.empty_like(mine) for _ in range(self._size)]
         try:
-            lengths = [int(each[0]) for each in self.numbers([float(len(mine))])]
-            padded = torch.zeros(max(lengths), dtype=torch.uint8)
-            padded[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
-            found = [torch.empty_like(padded) for _ in range(self._size)]
-            dist.all_gather(found, padded, group=self._group)
+            dist.all_gather(found, mine, group=self._group)
         except RuntimeError as exc:
             raise Unavailable(
                 f"rank {self._rank} lost another rank of this training: {exc}; what was saved before is whole.",
                 hint="Start the training again on all ranks: it goes on from the last checkpoint.",
             ) from exc
-        return [each.numpy().tobytes()[:length] for each, length in zip(found, lengths, strict=True)]
+        return found
+
+    def _all(self, mine: bytes) -> list[bytes]:
+        lengths = [int(each[0]) for each in self.numbers([float(len(mine))])]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+        return [each.numpy().tobytes()[:length] for each, length in zip(self._gather(padded), lengths, strict=True)]
 
 
 class Ranks:
     """Who takes part. `save` is the channel of saves in the background, `main` that of the training's own thread."""
 
-    def __init__(self) -> None:
-        together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    def __init__(self, *, alone: bool = False) -> None:
+        together = not alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.rank = dist.get_rank() if together else 0
         self.size = dist.get_world_size() if together else 1
         groups = [dist.new_group(backend="gloo") if together else None for _ in range(2)]
         self.main, self.save = (Channel(self.rank, self.size, group) for group in groups)
+        self._groups = [group for group in groups if group is not None]
         self.is_one_host = len(set(self.main.exchange(socket.gethostname, str))) == 1
+
+    def close(self) -> None:
+        for group in self._groups:
+            dist.destroy_process_group(group)
+        self._groups.clear()
 
     @property
     def is_first(self) -> bool:

@@ -36,8 +36,10 @@ class Reached:
         except OSError:
             return
         try:
-            os.ftruncate(place, _NUMBERS.size)
+            os.posix_fallocate(place, 0, _NUMBERS.size)  # a hole would end the process when there is no room
             self.steps = memoryview(mmap.mmap(place, _NUMBERS.size)).cast("q")
+        except OSError:
+            return
         finally:
             os.close(place)
         self.steps[0] = self.steps[1] = step

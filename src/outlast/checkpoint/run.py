@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
 import math
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
+from weakref import WeakSet
 
 import msgspec
 import torch
@@ -20,7 +21,7 @@ from outlast.checkpoint import environment, prove, schedule
 from outlast.checkpoint import keep as keeping
 from outlast.checkpoint import save as saving
 from outlast.checkpoint import state as live
-from outlast.checkpoint.data import placed
+from outlast.checkpoint.data import Feed, Placed, placed
 from outlast.checkpoint.home import Candidate, Home
 from outlast.checkpoint.load import Loaded, load
 from outlast.checkpoint.pending import PendingSave
@@ -36,6 +37,7 @@ from outlast.events import LOG_SINK, Event, EventSink
 from outlast.records import Snapshot
 
 TERMINATED = 143
+_OPEN: WeakSet[Run] = WeakSet()
 _NEVER = math.inf
 _EASE = 0.05
 
@@ -66,7 +68,7 @@ class Run:
 
     def __init__(
         self,
-        url: str,
+        url: str | os.PathLike[str],
         *,
         name: str,
         state: State,
@@ -77,6 +79,7 @@ class Run:
         delta: bool = False,
         overlap: bool = True,
         passphrase: Passphrase | None = None,
+        ranks: Ranks | None = None,
         sink: EventSink = LOG_SINK,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
@@ -88,16 +91,23 @@ class Run:
         call that saves, for a training that changes parameters elsewhere than in the step of an optimizer. With a
         `passphrase` the repository is encrypted.
         """
+        url = os.fspath(url)
         live.check(state)
+        if not isinstance(name, str) or not name.strip() or not name.isprintable():
+            raise InvalidInput(f"name={name!r} can't be the name of a run.")
         self.finished_steps = 0
         self.skipped: list[str] = []
         """checkpoints that `resume` left out, and why"""
         self.state: dict[str, Any] = {key: _resumable(item) for key, item in state.items()}
+        live.check_values(self.state)
         self._feeds = {id(item): self.state[key] for key, item in state.items()}
+        for feed in self.state.values():
+            if isinstance(feed, Feed | Placed):
+                feed.on_batch = self.begin_step
         self._policy = _policy(save_every)
-        self._home = Home(url, name, keeping.Policy(keep, keep_every, best), secret_of(passphrase), clock, sink)
+        self._home = Home(url, name, keeping.checked(keep, keep_every, best), secret_of(passphrase), clock, sink)
         self._home.disk.delta = delta
-        self._name, self._ranks = name, Ranks()
+        self._name, self._ranks = name, ranks or Ranks()
         self._trail = Trail()
         self._proof: Proof | None = None
         self._overlap, self._sink, self._clock = overlap, sink, clock
@@ -105,29 +115,37 @@ class Run:
         self._staged: Staged | None = None
         self._pending: PendingSave | None = None
         self._signals = Signals(self._on_uncaught)
-        self._stepped_at: dict[int, int] = {}
+        self._used_up: dict[int, tuple[int, int]] = {}
+        """`id` of a parameter -> that of the gradient which its optimizer used last, and the version that it had"""
         self._is_inside_step = False
         self._last = self._began = self._saved_at = clock.monotonic_seconds()
         self._saved_step = 0
+        self._has_begun = False
+        self._unnoted: tuple[int, Candidate | None] | None = None
+        """where this life began, until its first step does: one that makes no step is no life"""
+        self._metrics: Mapping[str, float] = {}
         self._step_seconds = 0.0
         self._facts = schedule.Facts()
         self._life = _Life()
         self._due_step, self._due_seconds = self._next_due()
         self._meet_step = 1
         self._hooks = [hook for each in live.optimizers(self.state) for hook in self._hooked(each)]
-        atexit.register(self._tell_unseen)
+        _OPEN.add(self)
 
     def _hooked(self, optimizer: torch.optim.Optimizer) -> Iterator[Any]:
-        key = id(optimizer)
-
         def before(*_: object) -> None:
+            self.begin_step()
             staged = self._staged
             if staged is not None:
                 staged.hold()
                 self._staged = None
 
         def after(*_: object) -> None:
-            self._stepped_at[key] = self.finished_steps
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    grad = parameter.grad
+                    if grad is not None:
+                        self._used_up[id(parameter)] = id(grad), grad._version
 
         yield optimizer.register_step_pre_hook(before)
         yield optimizer.register_step_post_hook(after)
@@ -146,10 +164,12 @@ class Run:
         """
         self._proof = prove.ordered(self._name, self._home.disk, self._ranks, self.state, self._trail)
         if self._proof is not None:
-            return self._begin_at(self._proof.begin())
+            return self.begin_at(self._proof.begin())
+        self._tell(self._end_pending(wait=True))
         self._signals.answer()
+        self._is_inside_step = True  # the state is a mixture until one was loaded
         failure: Exception | None = None
-        for each in self._ranks.main.from_first(self._home.candidates, list[Candidate]):
+        for each in self._ranks.main.from_first(self._candidates, list[Candidate]):
             if each.crashes >= crashes_max:
                 what = f"the run went on from it, died at the same step {each.crashes} times, and saved no later one"
                 failure = failure or Refused(f"checkpoint {each.snapshot[:8]} of step {each.step} is left out: {what}.")
@@ -158,20 +178,21 @@ class Run:
             tried = self._ranks.main.exchange(lambda each=each: self._try(each, same_environment), _Tried)  # type: ignore[misc]
             damage = next((rank.damage for rank in tried if rank.damage), "")
             if not damage:
-                if self._ranks.is_first:
-                    self._home.begin(tried[0].step, each)
+                self._unnoted = tried[0].step, each
                 self._trail.went_on_from(each.snapshot)
                 self._life.failures += each.crashes + (not self._life.ended_well)
                 self._facts = schedule.Facts(failures=self._life.failures, run_seconds=self._life.run_seconds)
-                return self._begin_at(tried[0].step)
+                return self.begin_at(tried[0].step)
             failure = failure or Corrupt(damage)
             self._home.tier(each).was_damaged = True
             self._skip(each, f"it is damaged: {damage}")
         if failure is not None:
             raise failure
-        if self._ranks.is_first:
-            self._home.begin(0)
-        return self._begin_at(0)
+        self._unnoted = 0, None
+        return self.begin_at(0)
+
+    def _candidates(self) -> list[Candidate]:
+        return self._home.candidates(with_memory=self._ranks.is_one_host)
 
     def _try(self, candidate: Candidate, same_environment: bool) -> _Tried:
         tier, snapshot = self._home.find(candidate)
@@ -195,7 +216,9 @@ class Run:
         for note in [*loaded.notes, *differing] if self._ranks.is_first else []:
             self._sink.event(Event("resume.different", f"resuming at step {loaded.step}: {note}"))
 
-    def _begin_at(self, step: int) -> int:
+    def begin_at(self, step: int) -> int:
+        """Go on from this step with the live state as it is; the step. `resume` and `load` say it."""
+        self._has_begun, self._is_inside_step = True, False
         self.finished_steps = self._saved_step = step
         self._saved_at = self._last = self._clock.monotonic_seconds()
         self._due_step, self._due_seconds = self._next_due()
@@ -203,23 +226,32 @@ class Run:
         return step
 
     def checkpoints(self) -> list[tuple[int, Snapshot]]:
-        """(step, snapshot) of those on disk, in order of step."""
-        return self._home.disk.checkpoints()
+        """(step, snapshot) of those on disk, in the order in which they were saved. Waits for a save under way."""
+        if self._pending is not None:
+            self._pending.wait_done()
+        return self._home.disk.checkpoints(fresh=True)
 
     def latest(self) -> Snapshot | None:
-        """The checkpoint of the highest step on disk."""
+        """The checkpoint that was saved last."""
         found = self.checkpoints()
         return found[-1][1] if found else None
 
-    def load(self, snapshot: Snapshot | None = None) -> int:
-        """Load this checkpoint, or the latest; its step. Raises `NotFound`, `Corrupt`, `Refused`."""
-        snapshot = snapshot or self.latest()
-        if snapshot is None:
-            raise NotFound("the run has no checkpoint yet.")
+    def load(self, which: Snapshot | int | None = None) -> int:
+        """Load this checkpoint, the one of this step, or the latest; its step.
+
+        Raises `NotFound`, `Corrupt`, `Refused`.
+        """
+        self._tell(self._end_pending(wait=True))
+        found = [each for step, each in self.checkpoints() if which in (None, step, each)]
+        if not found:
+            what = "no checkpoint yet" if which is None else f"no checkpoint of step {which}"
+            raise NotFound(f"run {self._name} has {what}.", hint="`outlast snapshots` lists those that there are.")
+        snapshot = found[-1]
+        self._is_inside_step = True  # until it is loaded
         loaded = load(self._home.disk.repository, snapshot, self.state, self._ranks.rank, self._ranks.size)
         self._compare(loaded, same_environment=False)
         self._trail.went_on_from(snapshot.id)
-        return self._begin_at(loaded.step)
+        return self.begin_at(loaded.step)
 
     def _skip(self, candidate: Candidate, what: str) -> None:
         told = f"checkpoint {candidate.snapshot[:8]} of step {candidate.step} is skipped: {what}"
@@ -234,7 +266,7 @@ class Run:
         feed = self._feeds.get(id(loader), loader)
         while self.finished_steps < until:
             empty = True
-            for batch in feed:
+            for batch in self._batches(feed):
                 empty = False
                 self.begin_step()
                 if self._trail.wants:
@@ -245,19 +277,37 @@ class Run:
             if empty:
                 raise InvalidInput("the loader gave no batch in a whole epoch, so the run would never end.")
 
+    def _batches(self, feed: Any) -> Iterator[Any]:
+        """Where a signal to all processes killed the loader's workers, it is answered all the same."""
+        try:
+            yield from feed
+        except RuntimeError:
+            if self._signals.asked and not self._is_inside_step:
+                self._answer(self._signals.take(), {})
+            raise
+
     def begin_step(self) -> None:
         """Say that a step begins: until `step` the state is not whole, and no exception saves it. `steps` says it."""
         self._is_inside_step = True
+        if self._unnoted is not None:
+            step, candidate = self._unnoted
+            self._unnoted = None
+            if self._ranks.is_first:
+                self._home.begin(step, candidate)
 
-    def step(self, **metrics: float) -> None:
-        """Say that a step is complete, at the end of each iteration. Saves when due, and answers signals.
+    def step(self, save: bool = False, /, **metrics: float) -> None:
+        """Say that a step is complete, at the end of each iteration. Saves when due or told to, and answers signals.
 
         Raises what made a save in the background fail, once; `SystemExit` with 143 after SIGTERM, and
         `KeyboardInterrupt` after SIGINT, when the state is saved.
         """
         self.finished_steps += 1
         self._home.reached.steps[1] = self.finished_steps
+        self._metrics = metrics
         self._is_inside_step = False
+        if save:
+            self._save(metrics)
+            return
         now = self._clock.monotonic_seconds()
         took, self._last = now - self._last, now
         pending = self._pending
@@ -291,10 +341,12 @@ class Run:
         self._attend(decision.signal, decision.may_collect, decision.is_due, metrics)
 
     def _attend(self, asked: int, may_collect: bool, is_due: bool, metrics: Mapping[str, float]) -> None:
-        if may_collect:
-            self._end_pending()
+        error = self._end_pending() if may_collect else None
         if asked:
+            self._tell(error)
             self._answer(asked, metrics)
+        elif error is not None:
+            raise error
         elif is_due and self._pending is None:
             self._save(metrics)
 
@@ -324,7 +376,8 @@ class Run:
             return self._proof.instead_of_saving(
                 self.finished_steps, asked, lambda: live.capture(self.state, self._accumulating())
             )
-        self._end_pending(wait=True)
+        metrics = _checked(metrics)
+        self._tell(self._end_pending(wait=True))  # this one takes its place
         began = self._clock.monotonic_seconds()
         in_memory = in_memory and self._ranks.is_one_host
         refused: Exception | None = None
@@ -341,10 +394,17 @@ class Run:
         facts = {**self._facts_of(began), "since": self._trail.facts(asked=asked)}
         step = self.finished_steps
         tier = self._home.memory if in_memory else self._home.disk
-        pending = PendingSave(step, staged, tier.verify)
+        pending = PendingSave(step, staged, tier.verify, in_memory=in_memory)
 
         def captured() -> Captured:
             staged.check()
+            if not self._has_begun and (made := self._home.disk.checkpoints()):
+                raise Refused(
+                    f"run {self._name} has checkpoints up to step {made[-1][0]}, and this process did not go on from "
+                    "one; nothing was saved.",
+                    hint="Call run.resume() first, or give the new run another name.",
+                )
+            self._has_begun = True
             return Captured(step, parts, staged.contents, {**facts, **self._unchanging_facts})
 
         def persist() -> Snapshot:
@@ -363,7 +423,6 @@ class Run:
         self._pending = pending
         if not in_memory:
             self._trail.saving()
-        self._saved_step = self._saved_step if in_memory else step
         self._last = self._saved_at = self._clock.monotonic_seconds()
         pending.cost_seconds = self._last - began
         self._due_step, self._due_seconds = self._next_due()
@@ -374,6 +433,7 @@ class Run:
         return {
             "life": msgspec.to_builtins(life),
             "environment": environment.fingerprint(),
+            "classes": {key: live.class_name(item) for key, item in self.state.items()},
             "parallel": {"ranks": self._ranks.size, "mesh": live.mesh(self.state)},
         }
 
@@ -391,28 +451,33 @@ class Run:
         return _NEVER, self._saved_at + after.seconds - self._step_seconds / 2
 
     def _accumulating(self) -> set[int]:
-        """Parameters of optimizers that have not stepped in the last iteration: their gradients are needed."""
-        used_up = {self.finished_steps, self.finished_steps - (not self._is_inside_step)}
+        """Parameters whose gradients changed since their optimizer stepped: they are still needed."""
         return {
             id(parameter)
             for each in live.optimizers(self.state)
-            if self._stepped_at.get(id(each), -1) not in used_up
             for group in each.param_groups
             for parameter in group["params"]
+            if (grad := parameter.grad) is not None and self._used_up.get(id(parameter)) != (id(grad), grad._version)
         }
 
-    def _end_pending(self, *, wait: bool = False) -> None:
+    def _end_pending(self, *, wait: bool = False) -> BaseException | None:
+        """What made the save under way fail, if it did and nobody was told."""
         pending = self._pending
         if pending is None:
-            return
+            return None
         if wait:
             pending.wait_done()
         self._pending = None
         self._trail.saved(pending.snapshot)
-        pending.raise_error()
+        error = pending.take_error()
+        if pending.snapshot is None:
+            return error
+        if not pending.in_memory:
+            self._saved_step = pending.step
         run_seconds = self._life.run_seconds + self._clock.monotonic_seconds() - self._began
         self._facts = schedule.Facts(pending.cost_seconds, pending.write_seconds, self._life.failures, run_seconds)
         self._due_step, self._due_seconds = self._next_due()
+        return error
 
     def close(self) -> None:
         """Save the last step, if it isn't yet, and wait until that is durable; raises what failed.
@@ -420,35 +485,42 @@ class Run:
         Signals are no longer answered.
         """
         try:
-            self._end_pending(wait=True)
+            error = self._end_pending(wait=True)
             if self.finished_steps != self._saved_step and not self._is_inside_step:
+                self._tell(error)
                 self._life.ended_well = True
-                self._save({})
-                self._end_pending(wait=True)
+                self._save(self._metrics)
+                error = self._end_pending(wait=True)
+            if error is not None:
+                raise error
             self._home.reached.end()
+            asked = self._signals.take()
         finally:
             self._let_go()
+        if asked == signal.SIGTERM:  # after the last step
+            raise SystemExit(TERMINATED)
 
     def _let_go(self) -> None:
         self._signals.stop()
-        atexit.unregister(self._tell_unseen)
+        _OPEN.discard(self)
+        self._ranks.close()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
-    def _tell_unseen(self) -> None:
-        """At the end of a process that never closed its run."""
-        error = self._pending.unseen_error if self._pending is not None else None
+    def _tell(self, error: BaseException | None) -> None:
+        """Of a save that failed, where it can't be raised."""
         if error is not None:
-            self._sink.event(Event("save.failed", f"the last save failed, and nobody was told: {error}"))
+            self._sink.event(Event("save.failed", f"a save failed: {error}"))
 
     def _on_uncaught(self, error: BaseException) -> None:
         """Save where the state is whole: between two steps, not inside one. Other ranks may be elsewhere: not then."""
-        if isinstance(error, Exception) and not self._is_inside_step and self.finished_steps and self._ranks.size == 1:
+        is_whole = not self._is_inside_step and self.finished_steps != self._saved_step
+        if isinstance(error, Exception) and is_whole and self._ranks.size == 1:
             try:
-                self.save().wait()
+                self._save(self._metrics).wait()
             except Exception as exc:  # noqa: BLE001  the first error is the one to tell of
-                self._sink.event(Event("save.failed", f"the last save failed: {exc}"))
+                self._tell(exc)
 
     def __enter__(self) -> Self:
         return self
@@ -462,7 +534,7 @@ class Run:
             return
         try:
             self._on_uncaught(error)
-            self._end_pending(wait=True)
+            self._tell(self._end_pending(wait=True))
         finally:
             self._let_go()
 
@@ -473,14 +545,34 @@ def _resumable(item: Any) -> Any:
     return placed(item) if isinstance(item, DataLoader) or hasattr(item, "base_dataloader") else item
 
 
+def _checked(metrics: Mapping[str, float]) -> dict[str, float]:
+    """As they are now. Raises `InvalidInput`."""
+    try:
+        return {key.encode().decode(): float(value) for key, value in metrics.items()}
+    except (TypeError, ValueError, AttributeError, RuntimeError) as exc:
+        raise InvalidInput(f"metrics are names and numbers: {exc}.") from exc
+
+
 def _policy(every: int | str) -> schedule.Policy:
     if every == "auto":
         return schedule.Policy()
-    if isinstance(every, int) and every > 0:
+    if type(every) is int and every > 0:
         return schedule.Policy(steps=every)
     if isinstance(every, str) and every.endswith("s"):
         try:
-            return schedule.Policy(seconds=float(every[:-1]))
+            seconds = float(every[:-1])
         except ValueError:
-            pass
+            seconds = 0.0
+        if 0 < seconds < _NEVER:
+            return schedule.Policy(seconds=seconds)
     raise InvalidInput(f'save_every={every!r} is neither a number of steps, nor seconds as in "90s", nor "auto".')
+
+
+def _end_open() -> None:
+    """At the end of a process that never closed its runs: a save under way is waited for, and a failure is told."""
+    for run in list(_OPEN):
+        run._tell(run._end_pending(wait=True))
+
+
+# Before thread pools refuse work, which is earlier than what `atexit` knows calls its functions.
+threading._register_atexit(_end_open)  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from outlast import __version__, records
+from outlast.checkpoint import finding
 from outlast.checkpoint.description import STATE_FILE, STATE_VERSION, Description, folder_of
 from outlast.checkpoint.leaves import Leaf, TensorFile
 from outlast.checkpoint.ranks import Ranks, shares
@@ -80,32 +81,37 @@ def persist(
     ranks: Ranks,
     *,
     trusting: bool = True,
-    before: Snapshot | None = None,
+    delta: bool = False,
 ) -> Snapshot:
     """Store and commit one checkpoint; every rank calls it and gets the same snapshot.
 
-    Unless `trusting`, packs that it would rely on are read first. `before`: an earlier checkpoint in the same
-    repository, from which only the differences are stored where they are smaller.
+    Unless `trusting`, packs that it would rely on are read first. `delta`: of blocks that changed since the
+    checkpoint before only the differences are stored where they are smaller.
     Raises `StoreFull`, `Unavailable`, `Busy`, on all ranks; what was committed before is whole.
     """
     now_ns = repository.clock.now_ns()
-    old = deltas.before(repository, before) if before else {}
-    writer = repository.writer(trusting=trusting)
+    old: dict[str, dict[int, deltas.Block]] = {}
+    writers: list[Writer] = []
     files: dict[str, list[_Piece]] = {}
     try:
         with ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), thread_name_prefix="save") as pool:
 
             def hold() -> _Held:
+                repository.refresh()
+                if delta and (made := finding.checkpoints(repository, name)):
+                    old.update(deltas.before(repository, made[-1][1]))
+                writers.append(repository.writer(trusting=trusting))
                 found = captured()
                 files.update(_pieces(repository, found))
                 if ranks.size > 1:
                     for file, pieces in files.items():
-                        ids = pool.map(writer.identify, [piece.data for piece in pieces])
+                        ids = pool.map(writers[0].identify, [piece.data for piece in pieces])
                         files[file] = [piece._replace(id=each) for piece, each in zip(pieces, ids, strict=True)]
                 every = (piece for pieces in files.values() for piece in pieces if piece.id)
                 return _Held(found.step, [(piece.id.hex(), len(piece.data)) for piece in every])
 
             held = ranks.save.exchange(hold, _Held)
+            [writer] = writers
             mine = shares([each.chunks for each in held])[ranks.rank]
             stored = ranks.save.exchange(lambda: _store(writer, pool, files, mine, old, ranks, now_ns), _Stored)
 
@@ -136,11 +142,11 @@ def persist(
 
         snapshot = ranks.save.from_first(commit, Snapshot)
     except BaseException:
-        writer.abandon()
+        for each in writers:
+            each.abandon()
         raise
     if not ranks.is_first:
         writer.settle()
-        repository.refresh()
     return snapshot
 
 

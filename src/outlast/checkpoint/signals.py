@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -20,6 +21,8 @@ class Signals:
         """`on_exception` is called for one that nobody caught, before Python tells of it."""
         self.asked = 0
         """the strongest that came since it was last taken"""
+        self._was_interrupted = False
+        self._process = os.getpid()
         self._on_exception = on_exception
         self._before: dict[int, Any] = {}
         self._hook_before: Any = None
@@ -44,13 +47,19 @@ class Signals:
         return asked
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.asked == signal.SIGINT:
+        if os.getpid() != self._process:  # a child of this one, such as a worker: nothing of the run is its own
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        if number == signal.SIGINT and self._was_interrupted:
             raise KeyboardInterrupt
+        self._was_interrupted |= number == signal.SIGINT
         if not self.asked or SIGNALS.index(number) < SIGNALS.index(self.asked):
             self.asked = number
 
     def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         try:
-            self._on_exception(error)
+            if os.getpid() == self._process:
+                self._on_exception(error)
         finally:
             self._hook_before(kind, error, trace)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random  # noqa: TID251  its state is captured and given back; nothing is drawn
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -51,6 +52,29 @@ def check(state: State) -> None:
     for key in state:
         if not isinstance(key, str) or not _KEY.fullmatch(key) or key in _RESERVED:
             raise InvalidInput(f"{key!r} can't be a key of the state: letters, digits, _ and -, and not {_RESERVED}.")
+
+
+def check_values(state: State) -> None:
+    """Raises `InvalidInput` for what could be saved and not be given back."""
+    known = set(parameter_names(state))
+    for item in state.values():
+        inside = item.values() if isinstance(item, dict) else item if isinstance(item, list) else [item]
+        known |= {id(each) for each in inside if isinstance(each, torch.Tensor)}
+    for key, item in state.items():
+        if isinstance(item, torch.optim.Optimizer):
+            for at, group in enumerate(item.param_groups):
+                for place, parameter in enumerate(group["params"]):
+                    if id(parameter) not in known:
+                        raise InvalidInput(
+                            f"parameter {place} of group {at} of state[{key!r}] is in no module of the state: it would "
+                            "be lost.",
+                            hint="Put the module that it belongs to into the state, or the tensor itself.",
+                        )
+        if kind_of(item) == "value" and not isinstance(item, dict | list | torch.Tensor):
+            raise InvalidInput(
+                f"state[{key!r}] is a plain {type(item).__name__}, which loading can not change in place.",
+                hint=f'Put it into a dictionary: {{"{key}": {{"value": ...}}}}.',
+            )
 
 
 def kind_of(item: object) -> str:
@@ -100,7 +124,7 @@ def parameter_names(state: State) -> dict[int, str]:
 def capture(state: State, accumulating: set[int]) -> dict[str, Part]:
     """Everything, live: tensors are named and not read yet. Raises `Refused` with the path of what can't be kept.
 
-    `accumulating`: `id` of parameters whose gradients the next step of an optimizer still needs.
+    `accumulating`: `id` of parameters whose gradients are still needed.
     """
     steady = _steady(state)
     names = parameter_names(state)
@@ -301,7 +325,11 @@ def _owners(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str
     return {by_number[number]: parameter for number, parameter in enumerate(parameters)}
 
 
-def mismatches(state: State, parts: Mapping[str, Part], shape_of: ShapeOf) -> list[str]:
+def class_name(item: object) -> str:
+    return type(item).__qualname__
+
+
+def mismatches(state: State, parts: Mapping[str, Part], shape_of: ShapeOf, classes: Mapping[str, str]) -> list[str]:
     """What keeps saved parts from being given back, a line each: kinds, and names and shapes of tensors."""
     found = []
     names = parameter_names(state)
@@ -312,15 +340,39 @@ def mismatches(state: State, parts: Mapping[str, Part], shape_of: ShapeOf) -> li
         elif part.kind == "module":
             mine = {plain_name(name): value for name, value in unwrap(item).state_dict(keep_vars=True).items()}
             found += _missing(key, mine, part.tree["state"])
-            for name in sorted(mine.keys() & part.tree["state"].keys()):
-                node, value = part.tree["state"][name], mine[name]
+            buffers = {plain_name(name): buffer for name, buffer in unwrap(item).named_buffers()}
+            here = [(mine[name], part.tree["state"][name], name) for name in mine.keys() & part.tree["state"].keys()]
+            here += [(buffers[name], node, name) for name, node in part.tree["buffers"].items() if name in buffers]
+            for value, node, name in sorted(here, key=lambda each: each[2]):
                 shape = shape_of(key, node) if is_tensor(node) else None
                 if isinstance(value, torch.Tensor) and shape is not None and shape != tuple(value.shape):
                     found.append(f"{key}: reshaped {name}: was {list(shape)}, is {list(value.shape)}")
         elif part.kind == "optimizer":
             mine = dict.fromkeys(_numbered(item, names).values())
             saved_names = dict.fromkeys(name for group in part.tree["param_groups"] for name in group["params"])
-            found += _missing(key, mine, saved_names)
+            if classes.get(key, class_name(item)) != class_name(item):
+                found.append(f"{key}: was of {classes[key]}, is of {class_name(item)}")
+            found += _missing(key, mine, saved_names) or _misgrouped(key, item, part.tree, names)
+        elif hasattr(item, "differs_from") and (differs := item.differs_from(part.tree)):
+            found.append(f"{key}: {differs}")
+        elif isinstance(item, torch.Tensor) and is_tensor(part.tree):
+            shape = shape_of(key, part.tree)
+            if shape != tuple(item.shape):
+                found.append(f"{key}: reshaped: was {list(shape or ())}, is {list(item.shape)}")
+    return found
+
+
+def _misgrouped(key: str, optimizer: torch.optim.Optimizer, tree: Node, names: dict[int, str]) -> list[str]:
+    """What of the groups can't be matched by the names of their parameters."""
+    by_number = _numbered(optimizer, names)
+    home = {name: at for at, group in enumerate(tree["param_groups"]) for name in group["params"]}
+    found = []
+    for at, group in enumerate(optimizer.state_dict()["param_groups"]):
+        saved = {home[by_number[number]] for number in group["params"]}
+        if len(saved) > 1:
+            found.append(f"{key}: group {at} holds parameters that were in {len(saved)} groups")
+        elif not saved and at >= len(tree["param_groups"]):
+            found.append(f"{key}: group {at} is empty, and there was none like it")
     return found
 
 
@@ -342,7 +394,7 @@ def give_back(
         part = parts[key]
 
         def give(node: Node, key: str = key) -> torch.Tensor:
-            return rebuild(node, tensors[key][node["name"]])
+            return _at_home(node, rebuild(node, tensors[key][node["name"]]))
 
         match part.kind:
             case "module":
@@ -360,6 +412,14 @@ def give_back(
 
 
 _ORDER = ["module", "optimizer", "stateful", "value", "generator"]
+
+
+def _at_home(node: Node, tensor: torch.Tensor) -> torch.Tensor:
+    """On the device that it was on, where there is one like it."""
+    device = torch.device(node.get("device", "cpu"))
+    if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
+        return tensor.to(device)
+    return tensor
 
 
 def _give_to_module(module: torch.nn.Module, tree: Node, give: Give, regions: Mapping[str, Region]) -> None:
@@ -431,6 +491,8 @@ def _give_to_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], 
             now = optimizer.state[parameter].get(name)
             if isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor) and now.dtype != value.dtype:
                 optimizer.state[parameter][name] = value.to(now.device)
+            elif isinstance(value, deque):  # it rebuilds those without their length
+                optimizer.state[parameter][name] = value
 
 
 def _matched(
@@ -470,7 +532,12 @@ def _give_to_value(live: Any, saved: Any, path: str) -> None:
             else:
                 live[key] = value
     elif isinstance(live, list) and isinstance(saved, list):
-        live[:] = saved
+        del live[len(saved) :]
+        for at, value in enumerate(saved):
+            if at < len(live) and isinstance(live[at], dict | list | torch.Tensor) and _fits(live[at], value):
+                _give_to_value(live[at], value, f"{path}[{at}]")
+            else:
+                live[at : at + 1] = [value]
     elif live != saved:
         raise Refused(
             f"state[{path!r}] is a plain {type(live).__name__}, which can't be changed in place.",

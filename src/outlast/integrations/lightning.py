@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from outlast import Passphrase, secret_of
 from outlast.checkpoint.data import Feed
 from outlast.checkpoint.home import Tier
+from outlast.checkpoint.ranks import Ranks
 from outlast.checkpoint.run import Run
 from outlast.checkpoint.state import give_random_state, random_state
 from outlast.clock import SYSTEM_CLOCK
@@ -164,11 +165,7 @@ class OutlastCallback(Callback):
             return
         self._is_trained = False
         metrics, self._metrics = self._metrics, {}
-        if save or self._best in metrics:
-            run.finished_steps += 1
-            run.save(metrics)
-        else:
-            run.step(**metrics)
+        run.step(save or self._best in metrics, **metrics)
 
 
 class _Between:
@@ -344,7 +341,7 @@ class OutlastCheckpointIO(CheckpointIO):
         if storage_options is not None:
             raise InvalidInput("`storage_options` mean nothing to a repository.")
         run = self._run(path, checkpoint)
-        run.finished_steps = int(checkpoint.get("global_step", 0))
+        run.begin_at(int(checkpoint.get("global_step", 0)))
         kept = run.save().wait().id
         run.close()
         self._forget(path, but=kept)
@@ -374,6 +371,7 @@ class OutlastCheckpointIO(CheckpointIO):
             state={"checkpoint": checkpoint},
             keep=_ALL,
             passphrase=self._passphrase,
+            ranks=Ranks(alone=True),  # Lightning calls it on one rank
             sink=self._sink,
         )
 

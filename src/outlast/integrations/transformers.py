@@ -206,11 +206,7 @@ class OutlastCallback(TrainerCallback):
         if state.global_step <= run.finished_steps:
             return
         metrics, self._metrics = self._metrics, {}
-        if save or self._best in metrics:
-            run.finished_steps += 1
-            run.save(metrics)
-        else:
-            run.step(**metrics)
+        run.step(save or self._best in metrics, **metrics)
 
 
 class _Progress:

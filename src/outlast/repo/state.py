@@ -135,9 +135,16 @@ def _snapshot(state: State, entry: LogEntry) -> None:
     _packs(state, entry)
     if snapshot.kind == "checkpoint":
         # The run has come further than what it went on from: that doesn't crash it.
-        for each in [each for each in state.resumed if state.snapshots[each].name == snapshot.name]:
+        passed = [each for each in state.resumed if _is_passed(state.snapshots[each], snapshot)]
+        for each in passed:
             del state.resumed[each]
     state.snapshots[snapshot.id] = snapshot
+
+
+def _is_passed(earlier: Snapshot, later: Snapshot) -> bool:
+    """Whether a run has come as far again. One that went back behind a checkpoint says nothing of that."""
+    steps = [each.tags.get("step", "") for each in (earlier, later)]
+    return earlier.name == later.name and all(map(str.isdecimal, steps)) and int(steps[0]) <= int(steps[1])
 
 
 def _resumed(state: State, entry: LogEntry) -> None:
