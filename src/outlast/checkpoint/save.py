@@ -116,29 +116,9 @@ def persist(
             stored = ranks.save.exchange(lambda: _store(writer, pool, files, mine, old, ranks, now_ns), _Stored)
 
         def commit() -> Snapshot:
-            if len({each.step for each in held}) > 1:
-                raise Refused(f"the ranks are at different steps: {[each.step for each in held]}; nothing was saved.")
-            entries = deltas.with_all_sums([entry for each in stored for entry in each.entries])
-            entries = _with_folders(entries, now_ns)
-            for each in stored[1:]:
-                writer.take(each.contribution)
             if ranks.size > 1:
-                repository.refresh()  # they may rely on packs that were committed since this rank last looked
-            for entry in entries:
-                writer.add_entry(entry)
-            return writer.commit(
-                Snapshot(
-                    id="",
-                    kind="checkpoint",
-                    name=name,
-                    time=records.time_text(now_ns),
-                    tags={"step": str(held[0].step), **tags},
-                    host=socket.gethostname(),
-                    files=sum(entry.type == "file" for entry in entries),
-                    bytes=sum(entry.size for entry in entries),
-                    program=f"outlast {__version__}",
-                )
-            )
+                repository.refresh()  # others may rely on packs that were committed since this rank last looked
+            return _commit(writer, name, held, stored, tags, now_ns)
 
         snapshot = ranks.save.from_first(commit, Snapshot)
     except BaseException:
@@ -148,6 +128,32 @@ def persist(
     if not ranks.is_first:
         writer.settle()
     return snapshot
+
+
+def _commit(
+    writer: Writer, name: str, held: list[_Held], stored: list[_Stored], tags: Mapping[str, str], now_ns: int
+) -> Snapshot:
+    """The only moment at which a checkpoint comes to exist, for all ranks."""
+    if len({each.step for each in held}) > 1:
+        raise Refused(f"the ranks are at different steps: {[each.step for each in held]}; nothing was saved.")
+    for each in stored[1:]:
+        writer.take(each.contribution)
+    entries = _with_folders(deltas.with_all_sums([entry for each in stored for entry in each.entries]), now_ns)
+    for entry in entries:
+        writer.add_entry(entry)
+    return writer.commit(
+        Snapshot(
+            id="",
+            kind="checkpoint",
+            name=name,
+            time=records.time_text(now_ns),
+            tags={"step": str(held[0].step), **tags},
+            host=socket.gethostname(),
+            files=sum(entry.type == "file" for entry in entries),
+            bytes=sum(entry.size for entry in entries),
+            program=f"outlast {__version__}",
+        )
+    )
 
 
 def _pieces(repository: Repository, captured: Captured) -> dict[str, list[_Piece]]:
