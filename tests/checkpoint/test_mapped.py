@@ -172,6 +172,7 @@ def test_a_block_that_lies_elsewhere_is_mapped_from_there(url: str) -> None:
     with torch.no_grad():
         model.big.weight.view(-1)[BLOCK_BYTES // 4 + 5] += 1
     with Run(url, name="net", state={"model": model}, save_every=10**9) as run:
+        run.begin_at(1)
         run.save().wait()
     repository.refresh()
     found = mapped.open(repository)

@@ -268,9 +268,20 @@ def serve() -> None:
 
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     for module in walk_packages(outlast.__path__, "outlast."):
-        if not module.name.startswith(("outlast.testing", "outlast.__main__", "outlast.rescue")):
+        # What imports torch starts threads, and none of these commands needs it.
+        others = ("testing", "__main__", "rescue", "checkpoint", "integrations")
+        if not module.name.startswith(tuple(f"outlast.{each}" for each in others)):
             import_module(module.name)
-    for name in ("obstore.store", "obstore.exceptions", "pyfastcdc", "zstandard", "getpass", "socket", "shlex"):
+    for name in (
+        "outlast.checkpoint.finding",
+        "obstore.store",
+        "obstore.exceptions",
+        "pyfastcdc",
+        "zstandard",
+        "getpass",
+        "socket",
+        "shlex",
+    ):
         import_module(name)
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"{len(threads)} threads after the imports: a fork would lose them"
