@@ -404,6 +404,7 @@ class Training:
 
     def step(self) -> None:
         with Run(str(self.folder / "kept-step"), name="step", state=self.state) as run:
+            run.begin_at(0)
             finished(run.save())
             run.step()  # it takes in what that save cost
             with self.meter:
