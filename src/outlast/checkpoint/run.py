@@ -39,6 +39,8 @@ from outlast.records import Snapshot
 TERMINATED = 143
 _OPEN: WeakSet[Run] = WeakSet()
 _NEVER = math.inf
+# On the gradient itself: a new one may lie where an old one lay, and have its `id`.
+_USED_UP = "_outlast_used_up_at_version"
 _EASE = 0.05
 
 
@@ -115,8 +117,6 @@ class Run:
         self._staged: Staged | None = None
         self._pending: PendingSave | None = None
         self._signals = Signals(self._on_uncaught)
-        self._used_up: dict[int, tuple[int, int]] = {}
-        """`id` of a parameter -> that of the gradient which its optimizer used last, and the version that it had"""
         self._is_inside_step = False
         self._last = self._began = self._saved_at = clock.monotonic_seconds()
         self._saved_step = 0
@@ -143,9 +143,8 @@ class Run:
         def after(*_: object) -> None:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    grad = parameter.grad
-                    if grad is not None:
-                        self._used_up[id(parameter)] = id(grad), grad._version
+                    if parameter.grad is not None:
+                        setattr(parameter.grad, _USED_UP, parameter.grad._version)
 
         yield optimizer.register_step_pre_hook(before)
         yield optimizer.register_step_post_hook(after)
@@ -457,7 +456,7 @@ class Run:
             for each in live.optimizers(self.state)
             for group in each.param_groups
             for parameter in group["params"]
-            if (grad := parameter.grad) is not None and self._used_up.get(id(parameter)) != (id(grad), grad._version)
+            if (grad := parameter.grad) is not None and getattr(grad, _USED_UP, None) != grad._version
         }
 
     def _end_pending(self, *, wait: bool = False) -> BaseException | None:
