@@ -472,13 +472,8 @@ def chosen(moments: list[dict[str, Any]], at_most: int) -> list[int]:
 def kill_everywhere(row: Row, place: Path, server: Server, bucket: str | None = None) -> None:
     started = time.monotonic()
     made = template(row, place)
-    world = unpacked(made, place, bucket)
-    assert server.run(row, world, 0, place / "count") == 0, server.output()
-    counted = json.loads((place / "count").read_text())
-    assert not counted["unseen"], "the killer does not know these calls"
-    assert_whole(world, at_end=True)
-    row.done(world)
-    moments = counted["moments"]
+    # Threads race and names come by chance: what the shortest of three has, nearly all have.
+    moments = min((counted_moments(row, unpacked(made, place, bucket), server, place) for _ in range(3)), key=len)
     points = chosen(moments, ON_S3 if bucket else len(moments))
     moves = ManualClock(seed=SEED)
     problems = []
@@ -494,8 +489,19 @@ def kill_everywhere(row: Row, place: Path, server: Server, bucket: str | None = 
     counts = f"{len(moments)} moments, {len(points)} tried, {killed} killed, {len(problems)} problems"
     print(f"\n{row.name}, {'S3' if bucket else 'local'}: {counts}; {time.monotonic() - started:.1f} s")
     assert not problems, "\n".join(problems)
-    # Names of packs come by chance, and so the number of folders: the last moments may be missed.
+    # The last moments may be missed by those that are shorter still.
     assert killed >= 0.8 * len(points)
+
+
+def counted_moments(row: Row, world: World, server: Server, place: Path) -> list[dict[str, Any]]:
+    """Every moment of the command when nothing kills it."""
+    assert server.run(row, world, 0, place / "count") == 0, server.output()
+    counted = json.loads((place / "count").read_text())
+    assert not counted["unseen"], "the killer does not know these calls"
+    assert_whole(world, at_end=True)
+    row.done(world)
+    moments: list[dict[str, Any]] = counted["moments"]
+    return moments
 
 
 def kill_once(row: Row, world: World, server: Server, points: list[int]) -> bool:
