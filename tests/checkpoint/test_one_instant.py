@@ -58,6 +58,26 @@ def test_a_step_that_follows_at_once_is_not_in_the_copy(tmp_path: Path) -> None:
         assert numbers(found) == {float(step)}
 
 
+def test_what_is_not_copied_again_is_the_same_byte_for_byte(tmp_path: Path) -> None:
+    """Writes that torch doesn't count, new leaves that move the others, and saves to two places between each other."""
+    state: dict[str, Any] = made() | {"more": {}}
+    model = state["model"]
+    with Run(str(tmp_path / "runs"), name="x", state=state, save_every=10**9, keep=100) as run:
+        wanted = []
+        for number in range(1, 9):
+            model[number % 2].data[-1 if number % 3 else 0] = number
+            if number == 5:
+                state["more"]["a"] = torch.full((70_000,), 5.0)
+            run.step()
+            run.save(in_memory=number in (3, 6)).wait()
+            wanted.append([each.detach().clone() for each in model])
+    for step, snapshot in run.checkpoints():
+        found: dict[str, Any] = made() | {"more": {}}
+        assert Run(str(tmp_path / "runs"), name="x", state=found).load(snapshot) == step
+        assert all(map(torch.equal, found["model"], wanted[step - 1]))
+        assert set(found["more"]) == ({"a"} if step >= 5 else set())
+
+
 def test_without_the_wait_the_torn_copy_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = made()
     run = Run(str(tmp_path / "runs"), name="x", state=state, save_every=10**9)

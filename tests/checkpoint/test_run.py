@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from outlast.checkpoint import save
 from outlast.checkpoint.run import Run
 from outlast.errors import Corrupt, InvalidInput, Refused, WrongKey
 from outlast.events import Event
@@ -375,6 +378,22 @@ def test_a_script_that_ends_without_closing_loses_no_save(tmp_path: Path) -> Non
     )
     subprocess.run([sys.executable, str(script)], check=True, timeout=60)
     assert Run(tmp_path / "runs", name="x", state={"model": torch.nn.Linear(4000, 4000)}).resume() == 1
+
+
+def test_a_worker_that_is_forked_in_mid_save_ends(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has none of the threads that save, and waited for them until its loader killed it."""
+    may_save, persist = threading.Event(), save.persist
+    monkeypatch.setattr(save, "persist", lambda *given, **how: may_save.wait() and persist(*given, **how))
+    with Run(url, name="x", state={"w": torch.zeros(3)}) as run:
+        pending = run.save()
+        worker = multiprocessing.get_context("fork").Process(target=len, args=([],))
+        worker.start()
+        worker.join(20)
+        ended = worker.exitcode
+        worker.kill()
+        may_save.set()
+        pending.wait()
+    assert ended == 0
 
 
 def test_after_a_save_that_failed_the_last_step_is_saved_all_the_same(

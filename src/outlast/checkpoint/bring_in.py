@@ -22,6 +22,7 @@ from outlast.checkpoint import oldtorch, shards, zipscan
 from outlast.checkpoint import save as saving
 from outlast.checkpoint import state as live
 from outlast.checkpoint.leaves import DTYPES, Leaves, tensor_bytes
+from outlast.checkpoint.pieces import LeafBytes
 from outlast.checkpoint.ranks import Ranks
 from outlast.checkpoint.save import Captured
 from outlast.checkpoint.state import Part
@@ -460,10 +461,10 @@ def _part(key: str, kind: str, value: Any) -> Part:
 
 
 def _commit(repository: Repository, run: str, step: int, parts: Mapping[str, Part]) -> Snapshot:
-    contents = {
-        (file, leaf.name): tensor_bytes(leaf.tensor.contiguous())
-        for file, leaves in saving.files_of(parts).items()
-        for leaf in leaves
-    }
-    captured = Captured(step, parts, contents, {"imported": True})
+    live = {(file, leaf.name): leaf.tensor for file, leaves in saving.files_of(parts).items() for leaf in leaves}
+
+    def content(file: str, name: str) -> LeafBytes:
+        return LeafBytes(tensor_bytes(live[file, name].contiguous()), {})
+
+    captured = Captured(step, parts, content, lambda: None, {"imported": True})
     return saving.persist(repository, run, lambda: captured, {}, Ranks())

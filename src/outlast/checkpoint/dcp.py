@@ -16,10 +16,6 @@ import io
 import os
 import re
 import socket
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future as Pending
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -41,21 +37,19 @@ from torch.futures import Future
 import outlast
 from outlast import Passphrase, __version__, records
 from outlast.checkpoint import dcp_metadata as description
+from outlast.checkpoint import pieces
 from outlast.checkpoint.dcp_metadata import Description, Stored, Topology
 from outlast.checkpoint.dcp_read import Reading
-from outlast.checkpoint.leaves import Leaf, Leaves, TensorFile, tensor_bytes
+from outlast.checkpoint.leaves import Leaves, TensorFile, tensor_bytes
+from outlast.checkpoint.pieces import LeafBytes
 from outlast.checkpoint.tree import Node, Path, encode, shown
 from outlast.errors import Busy, InvalidInput, NoRepository, NotFound, Refused
 from outlast.events import NULL_SINK, Event, EventSink
-from outlast.records import Chunking, ChunkRef, Entry, Snapshot
-from outlast.repo.chunker import TENSOR_BYTES_MIN, pieces
+from outlast.records import Entry, Snapshot
 from outlast.repo.content import Content, RecentChunks
-from outlast.repo.formats import Span
-from outlast.repo.layout import item_bytes
 from outlast.repo.repository import Repository
-from outlast.repo.write import Contribution, Prepared, Writer
+from outlast.repo.write import Contribution, Writer
 
-_PIECES_IN_FLIGHT = 8
 _SNAPSHOT_ID = re.compile(r"[0-9a-f]{32}")
 _STEP = re.compile(r"(?:^|\D)(\d{1,18})/?$")
 
@@ -149,7 +143,14 @@ class OutlastWriter(StorageWriter):
             return done
         try:
             tensors = TensorFile(leaves.found, {"format": "pt"})
-            entry = _add_file(repository, writer, file, _chunks(tensors, repository.format.chunking))
+            live = {leaf.name: leaf.tensor for leaf in leaves.found}
+
+            def content(name: str) -> LeafBytes:
+                """What is on another device, or not row-major, is copied, one at a time."""
+                return LeafBytes(tensor_bytes(live[name].cpu().contiguous()), {})
+
+            with pieces.threads() as pool:
+                entry = pieces.store(writer, pool, file, pieces.of_tensors(repository, tensors, content))
             self._contribution = None if self._is_coordinator else writer.contribute()
         except BaseException:
             self._writer = None
@@ -180,8 +181,9 @@ class OutlastWriter(StorageWriter):
                 if share.contribution is not None:
                     writer.take(share.contribution)
             repository.refresh()  # other ranks may rely on packs that were committed since this one looked
-            text = memoryview(msgspec.json.encode(described))
-            last = _add_file(repository, writer, description.FILE, iter([(text, 0, True)]))
+            text = pieces.of_data(repository, msgspec.json.encode(described))
+            with pieces.threads() as pool:
+                last = pieces.store(writer, pool, description.FILE, text)
             snapshot = self._commit(repository, writer, [last, *(share.entry for share in shares)])
         except BaseException:
             writer.abandon()
@@ -401,48 +403,3 @@ def _name(item: WriteItem) -> str:
     if data is None or data.chunk.sizes == data.size:
         return item.index.fqn
     return f"{item.index.fqn}@{','.join(map(str, data.chunk.offsets))}"
-
-
-def _chunks(file: TensorFile, chunking: Chunking) -> Iterator[tuple[memoryview, int, bool]]:
-    """(bytes, element width, whether it has still to be cut by content), as `TensorFile.chunks` gives them.
-
-    Tensors that are on another device, or not row-major, are copied here one at a time.
-    """
-    small = [leaf for leaf in file.leaves if leaf.nbytes < TENSOR_BYTES_MIN]
-    head = memoryview(b"".join([file.header, *(_memory(leaf) for leaf in small)]))
-    for piece in pieces(len(head), (), (), chunking):
-        yield head[piece.offset : piece.offset + piece.length], piece.item_bytes, piece.cut
-    for leaf in file.leaves[len(small) :]:
-        memory = _memory(leaf)
-        span = Span(0, leaf.nbytes, item_bytes(leaf.dtype))
-        for piece in pieces(leaf.nbytes, [span], (), chunking):
-            yield memory[piece.offset : piece.offset + piece.length], piece.item_bytes, piece.cut
-
-
-def _memory(leaf: Leaf) -> memoryview:
-    return tensor_bytes(leaf.tensor.cpu().contiguous())
-
-
-def _add_file(
-    repository: Repository, writer: Writer, path: str, parts: Iterator[tuple[memoryview, int, bool]]
-) -> Entry:
-    with ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), thread_name_prefix="save") as pool:
-        chunks = list(_add_parts(repository, writer, pool, parts))
-    return Entry(path=path, type="file", mode=0o644, size=sum(length for _, length in chunks), chunks=chunks)
-
-
-def _add_parts(
-    repository: Repository, writer: Writer, pool: ThreadPoolExecutor, parts: Iterator[tuple[memoryview, int, bool]]
-) -> Iterator[ChunkRef]:
-    cut = repository.cutter()
-    waiting: deque[Pending[Prepared]] = deque()
-    for data, width, is_cut in parts:
-        start = 0
-        lengths: Sequence[int] = cut(data, True) if is_cut else [len(data)]
-        for length in lengths:
-            waiting.append(pool.submit(writer.prepare, data[start : start + length], width, lasting=True))
-            start += length
-            if len(waiting) > _PIECES_IN_FLIGHT:
-                yield writer.add(waiting.popleft().result())
-    while waiting:
-        yield writer.add(waiting.popleft().result())

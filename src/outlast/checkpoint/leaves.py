@@ -8,7 +8,7 @@ right after the header: with it they are one chunk that changes at every step, a
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_REAL = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 
 
 class Leaf(NamedTuple):
@@ -94,20 +95,19 @@ class Leaves:
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor.resolve_conj())
             node["complex"] = True
-        place = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.dtype,
-                 tensor.shape, tensor.stride())  # fmt: skip
+        device, storage, nbytes = tensor.device, tensor.untyped_storage().data_ptr(), tensor.nbytes
+        place = (device, storage, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride())
         order = _memory_order(tensor)
         if order is not None:
             node["order"] = order
-        if tensor.device.type != "cpu":
-            node["device"] = str(tensor.device)
-        known = self._known.get(place) if tensor.numel() else None
+        if device.type != "cpu":
+            node["device"] = str(device)
+        known = self._known.get(place) if nbytes else None
         if known is not None:
             return node | {"name": known}
         name = node["name"] = self._free(name)
         self._known[place] = name
-        steady = tensor.untyped_storage().data_ptr() in self._steady
-        self.found.append(Leaf(name, tensor, steady, tensor.nbytes))
+        self.found.append(Leaf(name, tensor, storage in self._steady, nbytes))
         return node
 
     def _free(self, name: str) -> str:
@@ -119,6 +119,8 @@ class Leaves:
 
 def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Raises `Refused` for a tensor whose bytes don't say all of it."""
+    if type(tensor) is torch.Tensor and tensor.dtype in _REAL and tensor.is_cpu and tensor.layout is torch.strided:
+        return tensor.resolve_neg()  # as nearly all are
     what = ""
     if tensor.device.type == "meta":
         what = "is on the meta device and has no content"
@@ -169,6 +171,18 @@ def private_memory(count_bytes: int) -> mmap.mmap:
     return mmap.mmap(-1, count_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
+class Stretch(NamedTuple):
+    """Neighbouring bytes of a file."""
+
+    data: memoryview
+    item_bytes: int
+    is_cut: bool
+    """it has still to be cut by content; otherwise it is one chunk"""
+    leaf: str = ""
+    """whose bytes from `offset` on these are; "" where they are of several, or of none"""
+    offset: int = 0
+
+
 class TensorFile:
     """A safetensors file that exists only as its header and the tensors' memory."""
 
@@ -179,30 +193,27 @@ class TensorFile:
         )
         self.size = len(self.header) + sum(leaf.nbytes for leaf in self.leaves)
 
-    def chunks(self, contents: dict[str, memoryview], chunking: Chunking) -> Iterator[tuple[Bytes, int, bool]]:
-        """(bytes, element width, whether it has still to be cut by content), from the first byte to the last.
+    def stretches(self, content: Callable[[str], memoryview], chunking: Chunking) -> Iterator[Stretch]:
+        """What the file consists of, from the first byte to the last.
 
-        `contents`: the bytes of each leaf by name.
+        `content`: the bytes of a leaf by its name, asked for once, when they are reached.
         """
-        runs: list[tuple[int, memoryview]] = [(0, memoryview(self.header))]
+        rest = [leaf for leaf in reversed(self.leaves) if leaf.nbytes]
         spans, at = [], len(self.header)
-        for leaf in self.leaves:
-            if leaf.nbytes:
-                runs.append((at, contents[leaf.name]))
-                spans.append(Span(at, leaf.nbytes, item_bytes(leaf.dtype)))
-                at += leaf.nbytes
-        first = 0
+        for leaf in reversed(rest):
+            spans.append(Span(at, leaf.nbytes, item_bytes(leaf.dtype)))
+            at += leaf.nbytes
+        name, start, run = "", 0, memoryview(self.header)
         for piece in pieces(self.size, spans, (), chunking):
-            while first + 1 < len(runs) and runs[first + 1][0] <= piece.offset:
-                first += 1
-            start, run = runs[first]
-            begin = piece.offset - start
-            if begin + piece.length <= len(run):
-                yield run[begin : begin + piece.length], piece.item_bytes, piece.cut
-                continue
-            parts, at, wanted = [run[begin:]], first, piece.length - (len(run) - begin)
-            while wanted > 0:
-                at += 1
-                parts.append(runs[at][1][:wanted])
-                wanted -= len(parts[-1])
-            yield memoryview(b"".join(parts)), piece.item_bytes, piece.cut
+            parts: list[memoryview] = []
+            at, end = piece.offset, piece.offset + piece.length
+            while at < end:
+                if at == start + len(run):
+                    name = rest.pop().name
+                    start, run = at, content(name)
+                parts.append(run[at - start : end - start])
+                at += len(parts[-1])
+            if len(parts) == 1:
+                yield Stretch(parts[0], piece.item_bytes, piece.cut, name, piece.offset - start)
+            else:
+                yield Stretch(memoryview(b"".join(parts)), piece.item_bytes, piece.cut)

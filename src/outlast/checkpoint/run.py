@@ -396,7 +396,8 @@ class Run:
         pending = PendingSave(step, staged, tier.verify, in_memory=in_memory)
 
         def captured() -> Captured:
-            staged.check()
+            if staged.done:
+                staged.check()
             if not self._has_begun and (made := self._home.disk.checkpoints()):
                 raise Refused(
                     f"run {self._name} has checkpoints up to step {made[-1][0]}, and this process did not go on from "
@@ -404,7 +405,7 @@ class Run:
                     hint="Call run.resume() first, or give the new run another name.",
                 )
             self._has_begun = True
-            return Captured(step, parts, staged.contents, {**facts, **self._unchanging_facts})
+            return Captured(step, parts, staged.content, staged.check, {**facts, **self._unchanging_facts})
 
         def persist() -> Snapshot:
             snapshot = self._home.persist(captured, metrics, self._ranks, in_memory=in_memory)
@@ -575,3 +576,5 @@ def _end_open() -> None:
 
 # Before thread pools refuse work, which is earlier than what `atexit` knows calls its functions.
 threading._register_atexit(_end_open)  # type: ignore[attr-defined]
+# A worker of a loader that was forked in mid-save has no thread that ends it, and would wait for ever.
+os.register_at_fork(after_in_child=_OPEN.clear)

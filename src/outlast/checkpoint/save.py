@@ -6,31 +6,27 @@ that is replicated, is stored by one: all hash what they have, tell each other, 
 
 from __future__ import annotations
 
-import os
 import socket
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
 
 from outlast import __version__, records
-from outlast.checkpoint import finding
+from outlast.checkpoint import finding, pieces
 from outlast.checkpoint.description import STATE_FILE, STATE_VERSION, Description, folder_of
 from outlast.checkpoint.leaves import Leaf, TensorFile
+from outlast.checkpoint.pieces import LeafBytes, Piece
 from outlast.checkpoint.ranks import Ranks, shares
-from outlast.checkpoint.stage import Place
 from outlast.checkpoint.state import Part
 from outlast.errors import Refused
 from outlast.records import ChunkRef, Entry, Snapshot
 from outlast.repo import deltas
-from outlast.repo.deltas import Block, Kept
+from outlast.repo.deltas import Block
 from outlast.repo.repository import Repository
-from outlast.repo.sums import Parts
 from outlast.repo.write import Contribution, Writer
-
-_PIECES_IN_FLIGHT = 8
 
 
 class Captured(NamedTuple):
@@ -38,15 +34,11 @@ class Captured(NamedTuple):
 
     step: int
     parts: Mapping[str, Part]
-    contents: Mapping[Place, memoryview]
+    content: Callable[[str, str], LeafBytes]
+    """(file, name) -> a leaf, as soon as it is copied"""
+    check: Callable[[], None]
+    """Wait until all is copied; raises `Refused` where that is not of one instant."""
     facts: Mapping[str, object]
-
-
-class _Piece(NamedTuple):
-    data: bytes | memoryview
-    item_bytes: int
-    id: bytes = b""
-    """of the chunk, where it was worked out to be told to other ranks"""
 
 
 class _Held(msgspec.Struct):
@@ -92,28 +84,35 @@ def persist(
     now_ns = repository.clock.now_ns()
     old: dict[str, dict[int, deltas.Block]] = {}
     writers: list[Writer] = []
-    files: dict[str, list[_Piece]] = {}
+    found: list[Captured] = []
+    files: dict[str, Iterable[Piece]] = {}
     try:
-        with ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), thread_name_prefix="save") as pool:
+        with pieces.threads() as pool:
 
             def hold() -> _Held:
                 repository.refresh()
                 if delta and (made := finding.checkpoints(repository, name)):
                     old.update(deltas.before(repository, made[-1][1]))
                 writers.append(repository.writer(trusting=trusting))
-                found = captured()
-                files.update(_pieces(repository, found))
+                found.append(captured())
+                files.update(_files(repository, found[0]))
+                chunks: list[ChunkRef] = []
                 if ranks.size > 1:
-                    for file, pieces in files.items():
-                        ids = pool.map(writers[0].identify, [piece.data for piece in pieces])
-                        files[file] = [piece._replace(id=each) for piece, each in zip(pieces, ids, strict=True)]
-                every = (piece for pieces in files.values() for piece in pieces if piece.id)
-                return _Held(found.step, [(piece.id.hex(), len(piece.data)) for piece in every])
+                    for file, some in files.items():
+                        files[file] = list(pieces.identified(writers[0], pool, some))
+                        chunks += [(piece.id.hex(), len(piece.data)) for piece in files[file]]
+                return _Held(found[0].step, chunks)
 
             held = ranks.save.exchange(hold, _Held)
             [writer] = writers
-            mine = shares([each.chunks for each in held])[ranks.rank]
-            stored = ranks.save.exchange(lambda: _store(writer, pool, files, mine, old, ranks, now_ns), _Stored)
+            mine = shares([each.chunks for each in held])[ranks.rank] if ranks.size > 1 else None
+
+            def store() -> _Stored:
+                stored = _store(writer, pool, files, mine, old, ranks)
+                found[0].check()
+                return stored
+
+            stored = ranks.save.exchange(store, _Stored)
 
         def commit() -> Snapshot:
             if ranks.size > 1:
@@ -156,89 +155,36 @@ def _commit(
     )
 
 
-def _pieces(repository: Repository, captured: Captured) -> dict[str, list[_Piece]]:
-    """The content of each file, cut."""
+def _files(repository: Repository, captured: Captured) -> dict[str, Iterable[Piece]]:
+    """Each file in pieces, which come as they are copied: the first is stored while the last is copied."""
     parts = {key: (part.kind, part.tree) for key, part in captured.parts.items()}
     described = msgspec.json.encode(Description(STATE_VERSION, captured.step, parts, dict(captured.facts)))
-    cut = repository.cutter()
-
-    def cut_up(data: bytes | memoryview, item_bytes: int) -> Iterator[_Piece]:
-        start = 0
-        for length in cut(data, True):
-            yield _Piece(data[start : start + length], item_bytes)
-            start += length
-
-    found = {STATE_FILE: list(cut_up(memoryview(described), 0))}
-    for file, leaves in files_of(captured.parts).items():
-        contents = {leaf.name: captured.contents[file, leaf.name] for leaf in leaves}
-        found[file] = []
-        for data, item_bytes, is_cut in TensorFile(leaves, {"format": "pt"}).chunks(
-            contents, repository.format.chunking
-        ):
-            found[file] += cut_up(data, item_bytes) if is_cut else [_Piece(data, item_bytes)]
+    found: dict[str, Iterable[Piece]] = {STATE_FILE: pieces.of_data(repository, described)}
+    for name, leaves in files_of(captured.parts).items():
+        content = partial(captured.content, name)
+        found[name] = pieces.of_tensors(repository, TensorFile(leaves, {"format": "pt"}), content)
     return found
 
 
 def _store(
     writer: Writer,
     pool: ThreadPoolExecutor,
-    files: Mapping[str, list[_Piece]],
-    mine: set[str],
+    files: Mapping[str, Iterable[Piece]],
+    mine: set[str] | None,
     old: Mapping[str, Mapping[int, Block]],
     ranks: Ranks,
-    now_ns: int,
 ) -> _Stored:
-    entries = []
-    for file, pieces in files.items():
-        path = folder_of(ranks.rank, ranks.size) + file
-        kept: dict[str, Parts] = {}
-        chunks = list(_add(writer, pool, pieces, mine, old.get(path, {}), kept))
-        entry = Entry(path=path, type="file", mode=0o644, mtime_ns=now_ns, size=sum(length for _, length in chunks))
-        entries.append(deltas.with_sums(entry, chunks, kept))
+    folder = folder_of(ranks.rank, ranks.size)
+    entries = [
+        pieces.store(writer, pool, folder + name, found, mine=mine, old=old.get(folder + name))
+        for name, found in files.items()
+    ]
     of_first = Contribution([], [], 0, 0)  # its commit makes it durable
     return _Stored(entries, of_first if ranks.is_first else writer.contribute())
-
-
-def _add(
-    writer: Writer,
-    pool: ThreadPoolExecutor,
-    pieces: list[_Piece],
-    mine: set[str],
-    old: Mapping[int, Block],
-    kept: dict[str, Parts],
-) -> Iterator[ChunkRef]:
-    """Hash and encode in the pool, a few pieces ahead of what is added. What is another's to store is named alone.
-
-    `kept` learns which chunks are kept as sums.
-    """
-    waiting: deque[Future[Kept] | ChunkRef] = deque()
-
-    def first() -> ChunkRef:
-        each = waiting.popleft()
-        if not isinstance(each, Future):
-            return each
-        found = each.result()
-        writer.add(found.prepared)
-        if found.parts is not None:
-            kept[found.id.hex()] = found.parts
-        return found.ref
-
-    at = 0
-    for data, item_bytes, chunk in pieces:
-        if not chunk or chunk.hex() in mine:
-            waiting.append(
-                pool.submit(deltas.prepare, writer, data, item_bytes, old.get(at), lasting=True, chunk=chunk)
-            )
-        else:
-            waiting.append((chunk.hex(), len(data)))
-        at += len(data)
-        if len(waiting) > _PIECES_IN_FLIGHT:
-            yield first()
-    while waiting:
-        yield first()
 
 
 def _with_folders(files: list[Entry], now_ns: int) -> list[Entry]:
     folders = {".", *(entry.path.rpartition("/")[0] or "." for entry in files)}
     made = [Entry(path=path, type="dir", mode=0o755, mtime_ns=now_ns) for path in folders]
-    return sorted([*made, *files], key=lambda entry: records.path_order(entry.raw_path))
+    dated = [msgspec.structs.replace(each, mtime_ns=now_ns) for each in files]
+    return sorted([*made, *dated], key=lambda entry: records.path_order(entry.raw_path))

@@ -9,10 +9,14 @@ that it is given later. Each steady tensor belongs to an optimizer whose hook ca
 then the copy is done, or the device does it first. What changes a steady tensor otherwise, in place, raises the
 version that torch counts for it; versions are compared when the copy is done or held, whichever comes first. Where
 one was raised the copy is thrown away, and the tensor is named.
+
+What has not changed since the last save lies in the memory for copies already, and the ids of its chunks are known.
+It is compared with that byte for byte, which costs as much as to copy it, and saves hashing it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import threading
 from collections.abc import Sequence
@@ -24,9 +28,12 @@ from numpy.typing import NDArray
 
 from outlast.checkpoint.accelerator import Accelerator, Cuda
 from outlast.checkpoint.leaves import Leaf, private_memory, tensor_bytes
+from outlast.checkpoint.pieces import Ids, LeafBytes
 from outlast.errors import Refused
 
 _ALIGN_BYTES = 4096
+_memcmp = ctypes.CDLL(None).memcmp  # without the GIL
+_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 Place = tuple[str, str]
 """(file, name of the leaf)"""
@@ -36,10 +43,15 @@ _Versions = list[tuple[Place, torch.Tensor, int]]
 
 
 class Staged:
-    """One copy under way. `contents` is whole once `check` has returned."""
+    """One copy under way. That it is whole, and of one instant, is known once `check` has returned."""
 
-    def __init__(self) -> None:
+    def __init__(self, ids: dict[Place, Ids] | None = None) -> None:
         self.contents: dict[Place, memoryview] = {}
+        """where each leaf is copied to; see `content`"""
+        self._ids = {} if ids is None else ids
+        self._coming: set[Place] = set()
+        """what is not copied yet"""
+        self._came = threading.Condition()
         self._done = threading.Event()
         self._host_done = threading.Event()
         self._error: BaseException | None = None
@@ -68,10 +80,22 @@ class Staged:
         if self._error is not None:
             raise self._error
 
+    def content(self, file: str, name: str) -> LeafBytes:
+        """A leaf, as soon as its bytes are there. Raises what went wrong until then."""
+        place = file, name
+        with self._came:
+            self._came.wait_for(lambda: place not in self._coming)
+        if self._error is not None:
+            raise self._error
+        return LeafBytes(self.contents[place], self._ids.get(place, {}))
+
     def finish(self, error: BaseException | None = None) -> None:
         self._error = self._error or error
         self._host_done.set()
         self._done.set()
+        with self._came:
+            self._coming.clear()
+            self._came.notify_all()
 
     def _compare_versions(self) -> None:
         with self._lock:
@@ -81,10 +105,31 @@ class Staged:
             except Refused as exc:
                 self._error = exc
 
+    def copy(self, place: Place, leaf: Leaf) -> None:
+        """What the host has to copy, unless it is there."""
+        target = np.frombuffer(self.contents[place], np.uint8)
+        known = self._ids.get(place)
+        is_plain = leaf.tensor.device.type == "cpu" and leaf.tensor.is_contiguous()
+        if known and is_plain and not _memcmp(leaf.tensor.data_ptr(), target.ctypes.data, leaf.nbytes):
+            return
+        self._ids[place] = {}
+        if is_plain:
+            np.copyto(target, np.frombuffer(tensor_bytes(leaf.tensor), np.uint8))  # a plain memcpy, without the GIL
+        elif leaf.nbytes:
+            _as_tensor(target.data, leaf).copy_(leaf.tensor)
+
+    def will_copy(self, leaves: _Placed) -> None:
+        """Say which are copied after the call that saves has returned."""
+        self._coming = {place for place, _ in leaves}
+
     def copy_later(self, leaves: _Placed, versions: _Versions) -> None:
         """What the host has to copy, in this thread; then wait for what the device copies."""
         try:
-            _copy(leaves, self.contents)
+            for place, leaf in leaves:
+                self.copy(place, leaf)
+                with self._came:
+                    self._coming.discard(place)
+                    self._came.notify_all()
             _refuse_changed(versions)
             self._host_done.set()
             if self.accelerator is not None:
@@ -104,6 +149,9 @@ class Stage:
         self._accelerator = accelerator or Cuda()
         self._memory: NDArray[np.uint8] = np.empty(0, np.uint8)
         self._pinned: NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._layout: dict[Place, tuple[int, int]] = {}
+        self._ids: dict[Place, Ids] = {}
+        """of what lies in the memory"""
 
     def reserve(self, count_bytes: int) -> None:
         """Have so much memory at hand. Its pages are touched by whoever copies into them first."""
@@ -117,15 +165,24 @@ class Stage:
     def begin(self, files: dict[str, list[Leaf]], *, overlap: bool) -> Staged:
         """Copy: what is not steady before this returns, the rest in a thread."""
         leaves = [((file, leaf.name), leaf) for file, found in files.items() for leaf in found]
-        on_device = [each for each in leaves if self._accelerator.owns(each[1].tensor)]
-        on_host = [each for each in leaves if not self._accelerator.owns(each[1].tensor)]
-        staged = Staged()
-        self.reserve(_lay_out(on_host, None, staged.contents))
-        _lay_out(on_host, self._memory.data, staged.contents)
+        on_device: list[tuple[Place, Leaf]] = []
+        on_host: list[tuple[Place, Leaf]] = []
+        for each in leaves:
+            (on_device if self._accelerator.owns(each[1].tensor) else on_host).append(each)
+        layout, need = _lay_out(on_host)
+        if layout != self._layout or need > len(self._memory):
+            self._ids = {}
+        self._layout = layout
+        self.reserve(need)
+        staged = Staged(self._ids)
+        staged.contents |= _runs(layout, self._memory)
         if on_device:
             self._begin_on_device(on_device, staged, overlap=overlap)
         later = [each for each in on_host if each[1].steady and overlap]
-        _copy([each for each in on_host if not (each[1].steady and overlap)], staged.contents)
+        staged.will_copy([*later, *on_device])
+        for place, leaf in on_host:
+            if not (leaf.steady and overlap):
+                staged.copy(place, leaf)
         if later or on_device:
             given = (later, _versions_of(later))
             threading.Thread(target=staged.copy_later, args=given, name="outlast-stage", daemon=True).start()
@@ -135,10 +192,10 @@ class Stage:
 
     def _begin_on_device(self, leaves: _Placed, staged: Staged, *, overlap: bool) -> None:
         """Give the device its copies: first what isn't steady, which all work from now on comes after."""
-        need = _lay_out(leaves, None, staged.contents)
+        layout, need = _lay_out(leaves)
         if len(self._pinned) < need:
             self._pinned = self._accelerator.reserve(need)
-        _lay_out(leaves, self._pinned.data, staged.contents)
+        staged.contents |= _runs(layout, self._pinned)
         at_once = [each for each in leaves if not (each[1].steady and overlap)]
         later = [each for each in leaves if each[1].steady and overlap]
         for some in (at_once, later):
@@ -154,29 +211,23 @@ def _versions_of(leaves: _Placed) -> _Versions:
     return [(place, leaf.tensor, leaf.tensor._version) for place, leaf in leaves]
 
 
-def _lay_out(leaves: _Placed, memory: memoryview | None, contents: dict[Place, memoryview]) -> int:
-    """Give each leaf its run of the memory; how much of it they need."""
-    at = 0
+def _lay_out(leaves: _Placed) -> tuple[dict[Place, tuple[int, int]], int]:
+    """The run of memory of each leaf, as (offset, length), and how much they need together."""
+    layout, at = {}, 0
     for place, leaf in leaves:
-        if memory is not None:
-            contents[place] = memory[at : at + leaf.nbytes]
+        layout[place] = at, leaf.nbytes
         at += -(-leaf.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES if leaf.nbytes >= _ALIGN_BYTES else leaf.nbytes
         at += -at % 64
-    return at
+    return layout, at
+
+
+def _runs(layout: dict[Place, tuple[int, int]], memory: NDArray[np.uint8]) -> dict[Place, memoryview]:
+    view = memory.data
+    return {place: view[at : at + length] for place, (at, length) in layout.items()}
 
 
 def _as_tensor(memory: memoryview, leaf: Leaf) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(memory, np.uint8)).view(leaf.tensor.dtype).view(leaf.tensor.shape)
-
-
-def _copy(leaves: _Placed, contents: dict[Place, memoryview]) -> None:
-    for place, leaf in leaves:
-        if leaf.nbytes:
-            if leaf.tensor.device.type == "cpu" and leaf.tensor.is_contiguous():
-                target = np.frombuffer(contents[place], np.uint8)
-                np.copyto(target, np.frombuffer(tensor_bytes(leaf.tensor), np.uint8))  # a plain memcpy, without the GIL
-            else:
-                _as_tensor(contents[place], leaf).copy_(leaf.tensor)
 
 
 def _refuse_changed(versions: _Versions) -> None:

@@ -42,14 +42,14 @@ _DEPTH_MAX = 100
 
 def encode(value: object, path: Path, take: TakeTensor) -> Node:
     """The JSON form of a value; `take(path, tensor)` gives that of each tensor. Raises `Refused`."""
+    if isinstance(value, torch.Tensor):
+        return take(path, value)
     if value is None or type(value) in (bool, str):
         return value
     if type(value) is int:
         return value if -_INT_MAX <= value < _INT_MAX else {"$": "int", "v": str(value)}
     if type(value) is float:
         return value if math.isfinite(value) else {"$": "float", "v": str(value)}
-    if isinstance(value, torch.Tensor):
-        return take(path, value)
     if len(path) > _DEPTH_MAX:
         raise Refused(f"{shown(path)} lies more than {_DEPTH_MAX} levels deep, or holds itself; nothing was saved.")
 
