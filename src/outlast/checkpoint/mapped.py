@@ -80,13 +80,13 @@ def open(  # noqa: A001  read as `mapped.open`
     shelf = Shelf(files, folder_of(0, ranks_of(files)), chunks, snapshot)
     if part not in shelf.parts:
         raise NotFound(f"checkpoint {snapshot.id[:8]} has no part {part}; it has {', '.join(shelf.parts)}.")
-    if any(key == part for key, _ in shelf.offsets):
+    saved = shelf.parts[part]
+    if any("global" in node for node in tensor_nodes(saved.tree)):
         raise Refused(
             f"{part} of checkpoint {snapshot.id[:8]} is sharded over {ranks_of(files)} ranks: no file holds a whole "
             "tensor that could be mapped.",
             hint="Load it with Run.load, or write whole tensors with `outlast export` and map those.",
         )
-    saved = shelf.parts[part]
     if saved.kind == "module":
         nodes = {name: node for name, node in saved.tree["state"].items() if is_tensor(node)}
     else:

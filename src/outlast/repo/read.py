@@ -60,7 +60,13 @@ def fetch(repository: Repository, chunks: Iterable[bytes], deliver: Deliver, fai
         small = part.end - part.start < _SMALL_BYTES * len(part.chunks)
         return _fetch_range(repository, part, deliver, failed, one_at_a_time if small else nullcontext())
 
-    waiting = ranges(repository, chunks, failed)
+    parts = list(ranges(repository, chunks, failed))
+    if repository.store.capabilities.memory_map and sum(part.end - part.start for part in parts) < RANGE_BYTES:
+        for result in map(run, parts):  # to start threads takes longer
+            total.chunks += result.chunks
+            total.bytes += result.bytes
+        return total
+    waiting = iter(parts)
     workers = max(2, min(8, repository.store.capabilities.concurrency))
     in_flight = max(workers, min(2 * workers, _PLAIN_BYTES_IN_FLIGHT // (2 * RANGE_BYTES)))
     with ThreadPoolExecutor(workers, thread_name_prefix="fetch") as pool:

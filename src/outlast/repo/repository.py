@@ -331,7 +331,7 @@ class Repository:
         self._indexed = True
 
     def _read_many(self, refs: list[PackRef]) -> list[Footer | None]:
-        if len(refs) < 8:
+        if len(refs) < (64 if self.store.capabilities.memory_map else 8):
             return [self._footer_or_none(ref) for ref in refs]
         with ThreadPoolExecutor(self.store.capabilities.concurrency) as threads:
             return list(threads.map(self._footer_or_none, refs))
