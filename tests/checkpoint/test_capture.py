@@ -52,7 +52,7 @@ def test_tied_weights_and_views_stay_tied(tmp_path: Path) -> None:
 
 def _entries(folder: Path) -> Any:
     run = Run(str(folder / "runs"), name="x", state={"x": {}})
-    return list(run._home.disk.repository.entries(run.checkpoints()[-1][1]))
+    return list(run._tiers.disk.repository.entries(run.checkpoints()[-1][1]))
 
 
 def net() -> nn.Module:

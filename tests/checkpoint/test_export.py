@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from outlast.checkpoint.export import export
-from outlast.checkpoint.finding import find_checkpoint as find
+from outlast.checkpoint.references import find_checkpoint as find
 from outlast.checkpoint.run import Run
 from outlast.errors import Corrupt, InvalidInput, NotFound, Refused
 from outlast.records import Snapshot

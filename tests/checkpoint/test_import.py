@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import nn
 
-from outlast.checkpoint.bring_in import Imported, bring_in
+from outlast.checkpoint.import_file import Imported, bring_in
 from outlast.checkpoint.run import Run
 from outlast.errors import Corrupt, InvalidInput, NotFound, Refused
 from outlast.repo.repository import Repository

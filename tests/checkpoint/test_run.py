@@ -169,7 +169,7 @@ def test_where_a_life_died_is_not_known_on_another_machine(url: str, monkeypatch
     with Run(url, name="x", state=made(), save_every=1) as run:
         trained(run, 2)
         run.save().wait()
-    monkeypatch.setattr("outlast.checkpoint.reached.Reached.last", lambda self: None)
+    monkeypatch.setattr("outlast.checkpoint.crash_marker.CrashMarker.last", lambda self: None)
     assert [died_after(url, steps) for steps in (3, 7, 1, 5)] == [2, 2, 2, 1]
 
 

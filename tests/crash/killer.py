@@ -273,7 +273,7 @@ def serve() -> None:
         if not module.name.startswith(tuple(f"outlast.{each}" for each in others)):
             import_module(module.name)
     for name in (
-        "outlast.checkpoint.finding",
+        "outlast.checkpoint.references",
         "obstore.store",
         "obstore.exceptions",
         "pyfastcdc",

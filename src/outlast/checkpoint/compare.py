@@ -13,10 +13,10 @@ import blake3
 import msgspec
 import numpy as np
 
-from outlast.checkpoint import nodes
-from outlast.checkpoint.description import RNG
+from outlast.checkpoint import tree_text
 from outlast.checkpoint.inventory import Held, RankFiles, rank_files
-from outlast.checkpoint.nodes import ValueChange
+from outlast.checkpoint.state_file import RNG
+from outlast.checkpoint.tree_text import ValueChange
 from outlast.errors import Refused
 from outlast.records import Snapshot
 from outlast.repo.chunker import TENSOR_BYTES_MIN
@@ -122,7 +122,7 @@ def compare(repository: Repository, before: Snapshot, after: Snapshot) -> Compar
         _compare_rank(old, new, rank, first, found)
         found.values += list(_values(old, new, rank, found.values))
     facts: list[Any] = [each[0].described.facts.get(_ENVIRONMENT, {}) for each in (olds, news)]
-    found.environment = nodes.differences(*facts)
+    found.environment = tree_text.differences(*facts)
     return found
 
 
@@ -232,7 +232,7 @@ def _values(old: RankFiles, new: RankFiles, rank: int | None, told: list[PartCha
             has = [parts[key][0] if key in parts else None for parts in (before, after)]
             changes = [ValueChange("", *has)]
         else:
-            changes = nodes.differences(before[key][1], after[key][1])
+            changes = tree_text.differences(before[key][1], after[key][1])
         for each in changes:
             if (key, each.path, each.before, each.after) not in of_first:
                 yield PartChange(key, each.path, each.before, each.after, rank)

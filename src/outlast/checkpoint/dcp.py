@@ -36,8 +36,7 @@ from torch.futures import Future
 
 import outlast
 from outlast import Passphrase, __version__, records
-from outlast.checkpoint import dcp_metadata as description
-from outlast.checkpoint import pieces
+from outlast.checkpoint import dcp_metadata, pieces
 from outlast.checkpoint.dcp_metadata import Description, Stored, Topology
 from outlast.checkpoint.dcp_read import Reading
 from outlast.checkpoint.leaves import Leaves, TensorFile, tensor_bytes
@@ -135,7 +134,7 @@ class OutlastWriter(StorageWriter):
         leaves = Leaves(set())
         file = f"shards-{plan.storage_data:05d}.safetensors"
         stored = [(item, _stored(item, file, plan, planner, leaves)) for item in plan.items]
-        self._topology = description.topology(self._ranks, getattr(planner, "state_dict", None))
+        self._topology = dcp_metadata.topology(self._ranks, getattr(planner, "state_dict", None))
         done: Future[list[WriteResult]] = Future()
         writer = self._writer = repository.writer()
         if not stored:
@@ -176,14 +175,14 @@ class OutlastWriter(StorageWriter):
             stored: dict[MetadataIndex, Stored] = {
                 each.index: each.storage_data[1] for of_rank in results for each in of_rank
             }
-            described = description.describe(metadata, stored, self._topology)
+            described = dcp_metadata.describe(metadata, stored, self._topology)
             for share in shares:
                 if share.contribution is not None:
                     writer.take(share.contribution)
             repository.refresh()  # other ranks may rely on packs that were committed since this one looked
             text = pieces.of_data(repository, msgspec.json.encode(described))
             with pieces.threads() as pool:
-                last = pieces.store(writer, pool, description.FILE, text)
+                last = pieces.store(writer, pool, dcp_metadata.FILE, text)
             snapshot = self._commit(repository, writer, [last, *(share.entry for share in shares)])
         except BaseException:
             writer.abandon()
@@ -281,18 +280,18 @@ class OutlastReader(StorageReader):
         repository = _open(self._url, self._passphrase, self._sink, make=False)
         snapshot = self._find(repository)
         files = {entry.path: entry for entry in repository.entries(snapshot) if entry.type == "file"}
-        entry = files.get(description.FILE)
+        entry = files.get(dcp_metadata.FILE)
         if entry is None:
             raise Refused(
                 f"checkpoint {snapshot.id[:8]} was not made through torch.distributed.checkpoint: it has no "
-                f"{description.FILE}.",
+                f"{dcp_metadata.FILE}.",
                 hint="`outlast.Run` reads what it saved itself; give the two different names.",
             )
-        what = f"{description.FILE} of checkpoint {snapshot.id[:8]}"
+        what = f"{dcp_metadata.FILE} of checkpoint {snapshot.id[:8]}"
         data = Content(entry, RecentChunks(repository).get).read(0, entry.size)
-        described = description.read(data, {path: each.size for path, each in files.items()}, what)
+        described = dcp_metadata.read(data, {path: each.size for path, each in files.items()}, what)
         self._loading = snapshot, described, Reading(repository, snapshot, described, files)
-        return description.metadata_of(described)
+        return dcp_metadata.metadata_of(described)
 
     def _find(self, repository: Repository) -> Snapshot:
         if self._step is None and self._asked != "latest":
@@ -326,7 +325,7 @@ class OutlastReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         assert self._loading is not None
         snapshot, described, reading = self._loading
-        now = description.topology(self._ranks, getattr(planner, "state_dict", None))
+        now = dcp_metadata.topology(self._ranks, getattr(planner, "state_dict", None))
         if self._is_coordinator and now != described.saved_by:
             reason = f"checkpoint {snapshot.id[:8]} was saved with {described.saved_by}, now {now}: resharding"
             self._sink.event(Event("checkpoint.resharded", reason, {"snapshot": snapshot.id}))

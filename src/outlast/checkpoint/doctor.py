@@ -21,9 +21,9 @@ import msgspec
 import numpy as np
 
 from outlast.checkpoint.compare import NUMBERS, numbers
-from outlast.checkpoint.description import RNG
-from outlast.checkpoint.finding import checkpoints
 from outlast.checkpoint.inventory import RankFiles, rank_files
+from outlast.checkpoint.references import checkpoints
+from outlast.checkpoint.state_file import RNG
 from outlast.errors import Corrupt, InvalidInput, NotFound, Refused
 from outlast.records import Snapshot
 from outlast.repo.repository import Repository

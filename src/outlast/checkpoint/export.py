@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from outlast.checkpoint import load as loading
-from outlast.checkpoint.description import STATE_FILE, folder_of
 from outlast.checkpoint.leaves import DTYPES, Region, rebuild, tensor_bytes
 from outlast.checkpoint.load import Shelf
-from outlast.checkpoint.place import fresh
+from outlast.checkpoint.new_file import fresh
+from outlast.checkpoint.state_file import STATE_FILE, folder_of
 from outlast.checkpoint.tree import Node, decode
 from outlast.errors import Corrupt, InvalidInput, Refused
 from outlast.records import Entry, Snapshot

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from outlast.checkpoint.description import RNG, Description, describe, folder_of, ranks_of
-from outlast.checkpoint.nodes import is_tensor, tensor_nodes, text
+from outlast.checkpoint.state_file import RNG, Description, describe, folder_of, ranks_of
+from outlast.checkpoint.tree_text import is_tensor, tensor_nodes, text
 from outlast.errors import Corrupt
 from outlast.records import Entry, Snapshot
 from outlast.repo import formats

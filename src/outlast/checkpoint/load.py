@@ -15,11 +15,11 @@ import msgspec
 import torch
 
 from outlast.checkpoint import state as live
-from outlast.checkpoint.description import RNG, describe, folder_of, ranks_of
 from outlast.checkpoint.leaves import DTYPES, Region, tensor_bytes
-from outlast.checkpoint.nodes import tensor_nodes
 from outlast.checkpoint.state import Part, State
+from outlast.checkpoint.state_file import RNG, describe, folder_of, ranks_of
 from outlast.checkpoint.tree import Node
+from outlast.checkpoint.tree_text import tensor_nodes
 from outlast.errors import Corrupt, Refused
 from outlast.records import Entry, Snapshot
 from outlast.repo import formats

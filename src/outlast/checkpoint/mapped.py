@@ -22,10 +22,10 @@ from typing import NamedTuple
 import torch
 
 import outlast
-from outlast.checkpoint.description import folder_of, ranks_of
 from outlast.checkpoint.leaves import rebuild
 from outlast.checkpoint.load import Shelf, Stored
-from outlast.checkpoint.nodes import is_tensor, tensor_nodes
+from outlast.checkpoint.state_file import folder_of, ranks_of
+from outlast.checkpoint.tree_text import is_tensor, tensor_nodes
 from outlast.errors import Corrupt, NotFound, Refused
 from outlast.records import Entry, Snapshot
 from outlast.repo import codec

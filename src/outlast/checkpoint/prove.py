@@ -16,17 +16,17 @@ import blake3
 import msgspec
 import torch
 
-from outlast.checkpoint import environment, nodes
+from outlast.checkpoint import environment, tree_text
 from outlast.checkpoint import state as live
-from outlast.checkpoint.description import folder_of, ranks_of
 from outlast.checkpoint.doctor import VARIABLE, Finding, Order, Report
-from outlast.checkpoint.home import Tier
 from outlast.checkpoint.leaves import Leaf, local, tensor_bytes
 from outlast.checkpoint.load import Shelf, load
 from outlast.checkpoint.pending import PendingSave
 from outlast.checkpoint.ranks import Ranks
 from outlast.checkpoint.stage import Staged
 from outlast.checkpoint.state import Part, State
+from outlast.checkpoint.state_file import folder_of, ranks_of
+from outlast.checkpoint.tiers import Tier
 from outlast.checkpoint.tree import Node, Path, encode
 from outlast.errors import InvalidInput, OutlastError, Refused
 from outlast.records import Snapshot
@@ -276,7 +276,7 @@ class Proof:
                 continue
             # In JSON and back: so it is what a checkpoint would say.
             tree = msgspec.json.decode(msgspec.json.encode(parts[key].tree))
-            for change in nodes.differences(saved[key].tree, tree):
+            for change in tree_text.differences(saved[key].tree, tree):
                 was, now = ("nothing" if each is None else each for each in (change.before, change.after))
                 find(change.path, f"was {was}, is {now}")
             leaves = {leaf.name: leaf for leaf in [*parts[key].leaves, *parts[key].more]}

@@ -22,7 +22,6 @@ from outlast.checkpoint import keep as keeping
 from outlast.checkpoint import save as saving
 from outlast.checkpoint import state as live
 from outlast.checkpoint.data import Feed, Placed, placed
-from outlast.checkpoint.home import Candidate, Home
 from outlast.checkpoint.load import Loaded, load
 from outlast.checkpoint.pending import PendingSave
 from outlast.checkpoint.prove import Proof, Trail
@@ -31,6 +30,7 @@ from outlast.checkpoint.save import Captured
 from outlast.checkpoint.signals import Signals
 from outlast.checkpoint.stage import Stage, Staged
 from outlast.checkpoint.state import State
+from outlast.checkpoint.tiers import Candidate, Tiers
 from outlast.clock import SYSTEM_CLOCK, Clock
 from outlast.errors import Corrupt, InvalidInput, NotFound, Refused
 from outlast.events import LOG_SINK, Event, EventSink
@@ -107,8 +107,8 @@ class Run:
             if isinstance(feed, Feed | Placed):
                 feed.on_batch = self.begin_step
         self._policy = _policy(save_every)
-        self._home = Home(url, name, keeping.checked(keep, keep_every, best), secret_of(passphrase), clock, sink)
-        self._home.disk.delta = delta
+        self._tiers = Tiers(url, name, keeping.checked(keep, keep_every, best), secret_of(passphrase), clock, sink)
+        self._tiers.disk.delta = delta
         self._name, self._ranks = name, ranks or Ranks()
         self._trail = Trail()
         self._proof: Proof | None = None
@@ -161,7 +161,7 @@ class Run:
         Raises `Corrupt` when there are checkpoints and none is whole: then the live state is a mixture, not to be
         trained with. Raises `Refused` when the state doesn't fit, or each of them was tried too often.
         """
-        self._proof = prove.ordered(self._name, self._home.disk, self._ranks, self.state, self._trail)
+        self._proof = prove.ordered(self._name, self._tiers.disk, self._ranks, self.state, self._trail)
         if self._proof is not None:
             return self.begin_at(self._proof.begin())
         self._tell(self._end_pending(wait=True))
@@ -183,7 +183,7 @@ class Run:
                 self._facts = schedule.Facts(failures=self._life.failures, run_seconds=self._life.run_seconds)
                 return self.begin_at(tried[0].step)
             failure = failure or Corrupt(damage)
-            self._home.tier(each).was_damaged = True
+            self._tiers.tier(each).was_damaged = True
             self._skip(each, f"it is damaged: {damage}")
         if failure is not None:
             raise failure
@@ -191,10 +191,10 @@ class Run:
         return self.begin_at(0)
 
     def _candidates(self) -> list[Candidate]:
-        return self._home.candidates(with_memory=self._ranks.is_one_host)
+        return self._tiers.candidates(with_memory=self._ranks.is_one_host)
 
     def _try(self, candidate: Candidate, same_environment: bool) -> _Tried:
-        tier, snapshot = self._home.find(candidate)
+        tier, snapshot = self._tiers.find(candidate)
         try:
             loaded = load(tier.repository, snapshot, self.state, self._ranks.rank, self._ranks.size)
         except Corrupt as exc:
@@ -228,7 +228,7 @@ class Run:
         """(step, snapshot) of those on disk, in the order in which they were saved. Waits for a save under way."""
         if self._pending is not None:
             self._pending.wait_done()
-        return self._home.disk.checkpoints(fresh=True)
+        return self._tiers.disk.checkpoints(fresh=True)
 
     def latest(self) -> Snapshot | None:
         """The checkpoint that was saved last."""
@@ -247,7 +247,7 @@ class Run:
             raise NotFound(f"run {self._name} has {what}.", hint="`outlast snapshots` lists those that there are.")
         snapshot = found[-1]
         self._is_inside_step = True  # until it is loaded
-        loaded = load(self._home.disk.repository, snapshot, self.state, self._ranks.rank, self._ranks.size)
+        loaded = load(self._tiers.disk.repository, snapshot, self.state, self._ranks.rank, self._ranks.size)
         self._compare(loaded, same_environment=False)
         self._trail.went_on_from(snapshot.id)
         return self.begin_at(loaded.step)
@@ -292,7 +292,7 @@ class Run:
             step, candidate = self._unnoted
             self._unnoted = None
             if self._ranks.is_first:
-                self._home.begin(step, candidate)
+                self._tiers.begin(step, candidate)
 
     def step(self, save: bool = False, /, **metrics: float) -> None:
         """Say that a step is complete, at the end of each iteration. Saves when due or told to, and answers signals.
@@ -301,7 +301,7 @@ class Run:
         `KeyboardInterrupt` after SIGINT, when the state is saved.
         """
         self.finished_steps += 1
-        self._home.reached.steps[1] = self.finished_steps
+        self._tiers.marker.steps[1] = self.finished_steps
         self._metrics = metrics
         self._is_inside_step = False
         if save:
@@ -392,13 +392,13 @@ class Run:
         self._staged = None if staged.done else staged
         facts = {**self._facts_of(began), "since": self._trail.facts(asked=asked)}
         step = self.finished_steps
-        tier = self._home.memory if in_memory else self._home.disk
+        tier = self._tiers.memory if in_memory else self._tiers.disk
         pending = PendingSave(step, staged, tier.verify, in_memory=in_memory)
 
         def captured() -> Captured:
             if staged.done:
                 staged.check()
-            if not self._has_begun and (made := self._home.disk.checkpoints()):
+            if not self._has_begun and (made := self._tiers.disk.checkpoints()):
                 raise Refused(
                     f"run {self._name} has checkpoints up to step {made[-1][0]}, and this process did not go on from "
                     "one; nothing was saved.",
@@ -408,13 +408,13 @@ class Run:
             return Captured(step, parts, staged.content, staged.check, {**facts, **self._unchanging_facts})
 
         def persist() -> Snapshot:
-            snapshot = self._home.persist(captured, metrics, self._ranks, in_memory=in_memory)
+            snapshot = self._tiers.persist(captured, metrics, self._ranks, in_memory=in_memory)
             pending.write_seconds = self._clock.monotonic_seconds() - began
             return snapshot
 
         def drop() -> None:
             if self._ranks.is_first:
-                self._home.drop(in_memory=in_memory)
+                self._tiers.drop(in_memory=in_memory)
 
         threading.Thread(target=pending.run, args=(persist, drop), name="outlast-save").start()
         if refused is not None:
@@ -493,7 +493,7 @@ class Run:
                 error = self._end_pending(wait=True)
             if error is not None:
                 raise error
-            self._home.reached.end()
+            self._tiers.marker.end()
             asked = self._signals.take()
         finally:
             self._let_go()

@@ -6,7 +6,7 @@ import math
 
 import msgspec
 
-from outlast.checkpoint.finding import checkpoints
+from outlast.checkpoint.references import checkpoints
 from outlast.records import Snapshot, time_ns
 from outlast.repo.repository import Repository
 

@@ -15,8 +15,8 @@ from math import prod
 
 import msgspec
 
-from outlast.checkpoint import oldtorch, shards, zipscan
-from outlast.checkpoint.place import fresh, refuse_taken
+from outlast.checkpoint import dcp_folder, oldtorch, zipscan
+from outlast.checkpoint.new_file import fresh, refuse_taken
 from outlast.errors import InvalidInput, NotFound, Refused
 from outlast.repo import formats, torchfile, torchpickle
 from outlast.repo.layout import DTYPE_BITS, Malformed, ReadAt, Tensor
@@ -367,20 +367,20 @@ def _with_length(read: ReadAt, size: int) -> ReadAt | None:
 def _dcp(folder: str) -> _Finding:
     names = sorted(os.listdir(folder))
     files = [name for name in names if name.endswith(".distcp")]
-    if shards.METADATA_FILE not in names and not files:
+    if dcp_folder.METADATA_FILE not in names and not files:
         raise InvalidInput(
             f"{folder} is no folder of torch.distributed.checkpoint; nothing was written.",
             hint="Name the files themselves.",
         )
     finding = _Finding("distributed checkpoint", sum(os.path.getsize(os.path.join(folder, name)) for name in files))
     try:
-        read, size = _opened(os.path.join(folder, shards.METADATA_FILE))
-        if size > shards.METADATA_BYTES_MAX:
+        read, size = _opened(os.path.join(folder, dcp_folder.METADATA_FILE))
+        if size > dcp_folder.METADATA_BYTES_MAX:
             raise Malformed("it is longer than that of any model")
-        items = shards.read_items(read(0, size))
+        items = dcp_folder.read_items(read(0, size))
     except (Malformed, OSError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else str(exc)
-        finding.lost.append(Lost(shards.METADATA_FILE, f"it can't be read, so tensors have no names: {reason}"))
+        finding.lost.append(Lost(dcp_folder.METADATA_FILE, f"it can't be read, so tensors have no names: {reason}"))
         _by_file(folder, files[:_FILES_MAX], finding)
         return finding
     finding.notes.append("The names are those of .metadata, which has no checksum; contents were checked by CRC-32.")
@@ -406,9 +406,9 @@ def _by_file(folder: str, files: Sequence[str], finding: _Finding) -> None:
         finding.lost += found.lost
 
 
-def _take_item(folder: str, item: shards.Item, finding: _Finding) -> None:
+def _take_item(folder: str, item: dcp_folder.Item, finding: _Finding) -> None:
     """The whole tensor; where a shard is lost, or they lie in columns, each shard on its own."""
-    good: list[tuple[shards.Shard, _Saved]] = []
+    good: list[tuple[dcp_folder.Shard, _Saved]] = []
     reasons = []
     for each in item.shards:
         saved, reason = _shard(folder, each)
@@ -419,7 +419,7 @@ def _take_item(folder: str, item: shards.Item, finding: _Finding) -> None:
     assert item.shape is not None
     alike = len({(saved.dtype, saved.checked) for _, saved in good}) == 1
     covered = sum(prod(each.sizes) for each in item.shards) == prod(item.shape)
-    if good and not reasons and alike and shards.rows(item):
+    if good and not reasons and alike and dcp_folder.rows(item):
         first = good[0][1]
         pieces = [piece for _, saved in good for piece in saved.pieces]
         finding.saved.append(_Saved(item.name, first.dtype, item.shape, pieces, first.checked))
@@ -433,7 +433,7 @@ def _take_item(folder: str, item: shards.Item, finding: _Finding) -> None:
         finding.lost.append(Lost(item.name, what))
 
 
-def _shard(folder: str, shard: shards.Shard) -> tuple[_Saved | None, str]:
+def _shard(folder: str, shard: dcp_folder.Shard) -> tuple[_Saved | None, str]:
     """The tensor that a shard holds, or why there is none."""
     try:
         read, size = _opened(os.path.join(folder, shard.file))

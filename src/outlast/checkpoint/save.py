@@ -15,12 +15,12 @@ from typing import NamedTuple
 import msgspec
 
 from outlast import __version__, records
-from outlast.checkpoint import finding, pieces
-from outlast.checkpoint.description import STATE_FILE, STATE_VERSION, Description, folder_of
+from outlast.checkpoint import pieces, references
 from outlast.checkpoint.leaves import Leaf, TensorFile
 from outlast.checkpoint.pieces import LeafBytes, Piece
 from outlast.checkpoint.ranks import Ranks, shares
 from outlast.checkpoint.state import Part
+from outlast.checkpoint.state_file import STATE_FILE, STATE_VERSION, Description, folder_of
 from outlast.errors import Refused
 from outlast.records import ChunkRef, Entry, Snapshot
 from outlast.repo import deltas
@@ -91,7 +91,7 @@ def persist(
 
             def hold() -> _Held:
                 repository.refresh()
-                if delta and (made := finding.checkpoints(repository, name)):
+                if delta and (made := references.checkpoints(repository, name)):
                     old.update(deltas.before(repository, made[-1][1]))
                 writers.append(repository.writer(trusting=trusting))
                 found.append(captured())

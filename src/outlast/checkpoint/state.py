@@ -20,8 +20,8 @@ import msgspec
 import numpy as np
 import torch
 
-from outlast.checkpoint.description import RNG
 from outlast.checkpoint.leaves import Leaf, Leaves, Region, local, private_memory, rebuild, region_of
+from outlast.checkpoint.state_file import RNG
 from outlast.checkpoint.tree import Node, Path, TakeTensor, decode, encode, shown
 from outlast.errors import Corrupt, InvalidInput, Refused
 

@@ -148,7 +148,7 @@ class Call:
 
         Raises `Corrupt` for the latest where newer ones may be lost.
         """
-        from outlast.checkpoint.finding import of_run
+        from outlast.checkpoint.references import of_run
 
         is_latest = reference.strip().lower() == "latest"
         of_a_run = None if is_latest or name else of_run(repository, reference)

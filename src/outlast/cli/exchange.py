@@ -12,8 +12,8 @@ from outlast.cli.text import count_text, printable, short_id, size_text
 from outlast.errors import OutlastError
 
 if TYPE_CHECKING:
-    from outlast.checkpoint.bring_in import Imported
     from outlast.checkpoint.export import Exported
+    from outlast.checkpoint.import_file import Imported
     from outlast.checkpoint.salvage import FileReport
 
 _LOST_SHOWN = 20
@@ -90,7 +90,7 @@ def export(call: Call, checkpoint: str, form: str, to: str) -> None:
     repository = call.readable_repository()
     _need_torch()
     from outlast.checkpoint.export import export as run
-    from outlast.checkpoint.finding import find_checkpoint
+    from outlast.checkpoint.references import find_checkpoint
 
     report = run(repository, find_checkpoint(repository, checkpoint), form, to)
     call.result(msgspec.to_builtins(report), _export_lines(report))
@@ -128,7 +128,7 @@ def bring_in(call: Call, path: str, run: str, step: int | None, places: Sequence
 
     repository = call.repository()
     _need_torch()
-    from outlast.checkpoint.bring_in import bring_in as store
+    from outlast.checkpoint.import_file import bring_in as store
 
     report = store(repository, path, run, step=step, places=places)
     call.result(msgspec.to_builtins(report), _import_lines(report))

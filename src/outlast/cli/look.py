@@ -203,7 +203,7 @@ def diff(call: Call, before: str, after: str, name: str | None) -> int:
 
 
 def _is_of_run(repository: Repository, snapshot: Snapshot) -> bool:
-    from outlast.checkpoint.description import ranks_of
+    from outlast.checkpoint.state_file import ranks_of
 
     return ranks_of({entry.path: entry for entry in repository.entries(snapshot)}) > 0
 

@@ -27,10 +27,10 @@ from torch.utils.data import DataLoader
 
 from outlast import Passphrase, secret_of
 from outlast.checkpoint.data import Feed
-from outlast.checkpoint.home import Tier
 from outlast.checkpoint.ranks import Ranks
 from outlast.checkpoint.run import Run
 from outlast.checkpoint.state import give_random_state, random_state
+from outlast.checkpoint.tiers import Tier
 from outlast.clock import SYSTEM_CLOCK
 from outlast.errors import InvalidInput, NotFound, Refused
 from outlast.events import LOG_SINK, EventSink

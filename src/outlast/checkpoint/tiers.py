@@ -12,11 +12,11 @@ from typing import Any
 import msgspec
 
 from outlast import expect_encrypted, not_empty
-from outlast.checkpoint import finding, keep
+from outlast.checkpoint import keep, references
 from outlast.checkpoint import save as saving
+from outlast.checkpoint.crash_marker import CrashMarker
 from outlast.checkpoint.keep import Kept
 from outlast.checkpoint.ranks import Ranks
-from outlast.checkpoint.reached import Reached
 from outlast.checkpoint.save import Captured
 from outlast.clock import Clock
 from outlast.errors import Busy, NoRepository, OutlastError, Refused
@@ -95,7 +95,7 @@ class Tier:
             return []
         if fresh:
             repository.refresh()
-        return finding.checkpoints(repository, self._name)
+        return references.checkpoints(repository, self._name)
 
     def note_resumed(self, snapshot: Snapshot, died_at: int) -> None:
         """Count it in the log, see `keep.crashes`. That this fails doesn't keep the run from going on."""
@@ -145,7 +145,7 @@ class Tier:
             self._dropped_bytes = 0
 
 
-class Home:
+class Tiers:
     """The tiers of a run."""
 
     def __init__(
@@ -156,11 +156,11 @@ class Home:
         self._memory_folder = f"{self._user_folder}/{_own_name(url, name)}"
         self.disk = Tier(url, name, secret, clock, sink)
         self.memory = Tier(self._memory_folder, name, secret, clock, sink)
-        self.reached = Reached(f"{self._memory_folder}.step")
+        self.marker = CrashMarker(f"{self._memory_folder}.step")
 
     def candidates(self, *, with_memory: bool) -> list[Candidate]:
         """Every checkpoint, the one that was saved last before all others. Those in memory stand by their time."""
-        began_at, died_at = self.reached.last() or (None, None)
+        began_at, died_at = self.marker.last() or (None, None)
         found: list[tuple[str, Candidate]] = []
         tiers = [self.disk]
         if with_memory and _is_private(self._user_folder, self._memory_folder):
@@ -185,7 +185,7 @@ class Home:
         """A life of the run begins at this step, of this checkpoint if it is not its first."""
         if candidate is not None:
             tier, snapshot = self.find(candidate)
-            began_at, died_at = self.reached.last() or (-1, -1)
+            began_at, died_at = self.marker.last() or (-1, -1)
             went_on = snapshot.id in tier.repository.state.resumed and began_at == step
             tier.note_resumed(snapshot, died_at if went_on else -1)
         try:
@@ -193,7 +193,7 @@ class Home:
         except (OutlastError, OSError) as exc:
             self._sink.event(Event("run.unmarked", f"how far this life gets can't be marked: {exc}"))
         else:
-            self.reached.begin(step)
+            self.marker.begin(step)
 
     def tier(self, candidate: Candidate) -> Tier:
         return self.memory if candidate.in_memory else self.disk

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import msgspec
 import torch
 
-from outlast.checkpoint import oldtorch, shards, zipscan
+from outlast.checkpoint import dcp_folder, oldtorch, zipscan
 from outlast.checkpoint import save as saving
 from outlast.checkpoint import state as live
 from outlast.checkpoint.leaves import DTYPES, Leaves, tensor_bytes
@@ -196,11 +196,11 @@ def _read_safetensors(at: ReadAt, size: int, path: str) -> dict[str, Any]:
 def _read_dcp(folder: str) -> dict[str, Any]:
     """Read by what its `.metadata` says, which is not executed."""
     try:
-        with open(os.path.join(folder, shards.METADATA_FILE), "rb") as file:
-            data = file.read(shards.METADATA_BYTES_MAX + 1)
-        if len(data) > shards.METADATA_BYTES_MAX:
+        with open(os.path.join(folder, dcp_folder.METADATA_FILE), "rb") as file:
+            data = file.read(dcp_folder.METADATA_BYTES_MAX + 1)
+        if len(data) > dcp_folder.METADATA_BYTES_MAX:
             raise Malformed("it is longer than that of any model")
-        items = shards.read_items(data)
+        items = dcp_folder.read_items(data)
     except FileNotFoundError as exc:
         raise Refused(f"{folder} is no folder of torch.distributed.checkpoint; nothing was stored.") from exc
     except Malformed as exc:
@@ -220,7 +220,7 @@ def _read_dcp(folder: str) -> dict[str, Any]:
     return {str(key): _listed(each) for key, each in nested.items()}
 
 
-def _assembled(folder: str, item: shards.Item) -> Any:
+def _assembled(folder: str, item: dcp_folder.Item) -> Any:
     if item.shape is None and len(item.shards) == 1:
         return _shard(folder, item.shards[0])
     whole: torch.Tensor | None = None
@@ -243,7 +243,7 @@ def _assembled(folder: str, item: shards.Item) -> Any:
     return whole
 
 
-def _shard(folder: str, shard: shards.Shard) -> Any:
+def _shard(folder: str, shard: dcp_folder.Shard) -> Any:
     path = os.path.join(folder, shard.file)
     try:
         with open(path, "rb") as file:

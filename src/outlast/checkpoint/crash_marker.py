@@ -14,7 +14,7 @@ import struct
 _NUMBERS = struct.Struct("<qq")
 
 
-class Reached:
+class CrashMarker:
     """The marker at `path`, whose folder is there. `steps[1]` is to be set as steps are finished."""
 
     def __init__(self, path: str) -> None:
