@@ -99,7 +99,15 @@ def adamw(url: str) -> str:
 
 
 def accumulating(url: str) -> str:
-    """Gradients are added up over three batches, and scaled; saves fall between."""
+    return accumulated(url, torch.bfloat16)
+
+
+def accumulating_halves(url: str) -> str:
+    return accumulated(url, torch.float16)
+
+
+def accumulated(url: str, dtype: torch.dtype) -> str:
+    """Gradients are added up over three batches, and scaled, too much at first; saves fall between."""
     seeded()
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
@@ -109,7 +117,7 @@ def accumulating(url: str) -> str:
     with Run(url, name="accumulating", state=state, save_every=2) as run:
         run.resume(crashes_max=10**6)  # it is killed all the time, and not by its own fault
         for step, (x, y) in run.steps(loader, until=STEPS):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cpu", dtype=dtype):
                 loss = F.cross_entropy(model(x).float(), y)
             scaler.scale(loss).backward()
             if step % 3 == 2:
@@ -212,4 +220,7 @@ def sharded(url: str) -> str:
 
 
 RANKS = {"replicated": 2, "sharded": 2}
-CASES = {each.__name__: each for each in (adamw, accumulating, convolution, streaming, replicated, sharded)}
+CASES = {
+    each.__name__: each
+    for each in (adamw, accumulating, accumulating_halves, convolution, streaming, replicated, sharded)
+}
