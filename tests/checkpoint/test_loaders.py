@@ -260,3 +260,30 @@ def test_a_shuffle_buffer_that_would_lose_samples_is_refused(tmp_path: Path) -> 
     loader = DataLoader(data.shuffle(seed=5, buffer_size=8).map(dict), batch_size=4)
     with pytest.raises(Refused, match="does not keep what is in its buffer"):
         Run(str(tmp_path), name="x", state={"loader": loader})
+
+
+@pytest.mark.parametrize("loader", [
+    DataLoader(Numbers(), batch_size=4, shuffle=True), DataLoader(Numbers(), batch_size=4, sampler=Shuffled()),
+], ids=["canonical", "own"])  # fmt: skip
+def test_a_script_that_loops_over_epochs_itself_makes_as_many(loader: DataLoader[Any], tmp_path: Path) -> None:
+    """Stopped anywhere, also after the last batch of an epoch."""
+    batches = len(loader)
+
+    def life(steps: int) -> list[tuple[int, int]]:
+        made = []
+        run = Run(str(tmp_path / "runs"), name="x", state={"loader": loader}, save_every=10**9)
+        run.resume()
+        feed = run.state["loader"]
+        for epoch in range(feed.epoch, 3):
+            for _ in feed:
+                made.append((epoch, feed.epoch))
+                run.step()
+                if len(made) == steps:
+                    run.save().wait()
+                    run.close()
+                    return made
+        run.close()
+        return made
+
+    made = [each for steps in (2, batches - 2, 3, 10**6) for each in life(steps)]
+    assert [epoch for epoch, _ in made] == sorted([0, 1, 2] * batches)

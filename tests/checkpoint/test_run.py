@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from outlast.checkpoint import save
+from outlast.checkpoint import gradients, save
 from outlast.checkpoint.run import Run
 from outlast.errors import Corrupt, InvalidInput, Refused, WrongKey
 from outlast.events import Event
@@ -342,7 +342,7 @@ def test_gradients_that_came_after_the_step_are_kept(url: str) -> None:
     for _ in range(50):  # each new gradient lies where the one before lay
         state["optimizer"].zero_grad()
         state["model"](torch.ones(2, 4)).sum().backward()
-        assert run._accumulating() == {id(each) for each in state["model"].parameters()}
+        assert gradients.needed([state["optimizer"]]) == {id(each) for each in state["model"].parameters()}
     run.step()
     run.save().wait()
     other = made()
@@ -374,9 +374,10 @@ def test_a_script_that_ends_without_closing_loses_no_save(tmp_path: Path) -> Non
         "import torch, outlast\n"
         "model = torch.nn.Linear(4000, 4000)\n"
         f"run = outlast.Run({str(tmp_path / 'runs')!r}, name='x', state={{'model': model}})\n"
-        "run.resume(); run.step(); run.save()\n"
+        "run.resume(); run.step(); run.save(); run.step()\n"
     )
-    subprocess.run([sys.executable, str(script)], check=True, timeout=60)
+    ran = subprocess.run([sys.executable, str(script)], check=True, timeout=60, capture_output=True, text=True)
+    assert "run x ended at step 2 without run.close(): what it goes on from is step 1" in ran.stderr
     assert Run(tmp_path / "runs", name="x", state={"model": torch.nn.Linear(4000, 4000)}).resume() == 1
 
 
@@ -410,3 +411,64 @@ def test_after_a_save_that_failed_the_last_step_is_saved_all_the_same(
             run.save().wait()
     run.close()
     assert steps_of(run) == [1]
+
+
+def resumed_elsewhere(url: str) -> None:
+    try:
+        Run(url, name="x", state=made()).resume()
+    except Refused as exc:
+        os._exit(7 if f"by process {os.getppid()} on this machine" in exc.message else 8)
+    os._exit(0)
+
+
+def test_a_run_that_is_under_way_is_not_begun_again(url: str) -> None:
+    """By the same machine; however the process ends that trains it, the next may go on."""
+
+    def elsewhere() -> int | None:
+        child = multiprocessing.get_context("fork").Process(target=resumed_elsewhere, args=(url,))
+        child.start()
+        child.join(60)
+        return child.exitcode
+
+    run = Run(url, name="x", state=made())
+    run.resume()
+    run.begin_step()
+    assert elsewhere() == 7
+    trained(run, 1)
+    run.close()
+    assert elsewhere() == 0
+
+
+def test_a_loader_that_is_iterated_past_the_run_is_told_of(url: str) -> None:
+    told = Told()
+    loader = torch.utils.data.DataLoader(range(6))
+    with Run(url, name="x", state=made() | {"loader": loader}, save_every=2, sink=told) as run:
+        for _ in loader:
+            trained(run, 1)
+    assert [each.fields for each in told.events if each.kind == "loader.unread"] == [{"key": "loader"}]
+    told.events.clear()
+    with Run(url, name="y", state=made() | {"loader": loader}, save_every=2, sink=told) as run:
+        for _ in run.state["loader"]:
+            trained(run, 1)
+    assert not told.events
+
+
+def test_steps_that_nobody_counts_are_told_of(url: str) -> None:
+    told = Told()
+    with Run(url, name="x", state=made(), sink=told) as run:
+        for number, _ in enumerate(run.steps([1] * 150, until=1)):
+            if number == 120:
+                run.step()
+    assert [each.kind for each in told.events] == ["run.stepless"]
+
+
+def test_that_a_repository_knows_no_differences_is_told_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Told()
+    with monkeypatch.context() as old:
+        old.setattr("outlast.repo.form.FEATURES", [])
+        with Run(url, name="x", state=made()) as run:
+            trained(run, 1)
+    with Run(url, name="y", state=made(), delta=True, save_every=1, sink=told) as run:
+        run.resume()
+        trained(run, 3)
+    assert [each.kind for each in told.events] == ["delta.not_allowed"]

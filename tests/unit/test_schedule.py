@@ -7,7 +7,7 @@ import random  # noqa: TID251
 
 import pytest
 
-from outlast.checkpoint.schedule import Facts, Policy, interval
+from outlast.checkpoint.schedule import Facts, Policy, interval, policy
 
 HOUR = 3600.0
 
@@ -55,3 +55,9 @@ def test_steps_and_seconds_are_taken_at_their_word() -> None:
     assert interval(Facts(1e6, 1e6), Policy(steps=7)).steps == 7
     assert interval(Facts(1e6, 1e6), Policy(seconds=90)).seconds == 90
     assert math.isfinite(interval(Facts(), Policy()).seconds), "the first save can't wait until its cost is known"
+
+
+def test_how_often_is_said_in_steps_or_in_time() -> None:
+    assert [policy(each) for each in (5, "90s", "10m", "1.5h", "auto")] == [
+        Policy(steps=5), Policy(seconds=90), Policy(seconds=600), Policy(seconds=5400), Policy()
+    ]  # fmt: skip

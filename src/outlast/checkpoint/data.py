@@ -244,6 +244,17 @@ class Feed:
             self._consumed = 0
             self._epoch += 1
 
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch that the next batch belongs to, from 0, for scripts that loop over epochs."""
+        if self._inner is None or self._seed is None:
+            return self._epoch
+        if self._is_canonical():
+            is_over = next(self.batches_left(), None) is None
+        else:
+            is_over = self._consumed >= len(self._loader)
+        return self._epoch + is_over
+
     def _rest(self) -> Iterator[Any]:
         self._tell_epoch()
         if self._inner is None:

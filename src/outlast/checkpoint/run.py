@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 from weakref import WeakSet
@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from outlast import Passphrase, secret_of
-from outlast.checkpoint import environment, prove, schedule
+from outlast.checkpoint import environment, gradients, prove, schedule
 from outlast.checkpoint import keep as keeping
 from outlast.checkpoint import save as saving
 from outlast.checkpoint import state as live
@@ -39,9 +39,8 @@ from outlast.records import Snapshot
 TERMINATED = 143
 _OPEN: WeakSet[Run] = WeakSet()
 _NEVER = math.inf
-# On the gradient itself: a new one may lie where an old one lay, and have its `id`.
-_USED_UP = "_outlast_used_up_at_version"
 _EASE = 0.05
+_STEPLESS_BATCHES = 100
 
 
 class _Life(msgspec.Struct):
@@ -85,13 +84,13 @@ class Run:
         sink: EventSink = LOG_SINK,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        """`save_every`: steps, or seconds as in "90s", or "auto". `best`: "loss:min", by the metrics given to `step`.
+        """`save_every`: steps, time as in "90s", "10m" and "2h", or "auto".
 
-        Kept are the last `keep` checkpoints, each whose step is a multiple of `keep_every`, the best one, and the
-        newest whose metrics are all numbers. With `delta` dense states are stored as exact differences from the
-        checkpoint before, which takes less space and more work. Without `overlap` everything is copied within the
-        call that saves, for a training that changes parameters elsewhere than in the step of an optimizer. With a
-        `passphrase` the repository is encrypted.
+        `best`: "loss:min", by the metrics given to `step`. Kept are the last `keep` checkpoints, each whose step is a
+        multiple of `keep_every`, the best one, and the newest whose metrics are all numbers. With `delta` dense
+        states are stored as exact differences from the checkpoint before, which takes less space and more work.
+        Without `overlap` everything is copied within the call that saves, for a training that changes parameters
+        elsewhere than in the step of an optimizer. With a `passphrase` the repository is encrypted.
         """
         url = os.fspath(url)
         live.check(state)
@@ -103,10 +102,13 @@ class Run:
         self.state: dict[str, Any] = {key: _resumable(item) for key, item in state.items()}
         live.check_values(self.state)
         self._feeds = {id(item): self.state[key] for key, item in state.items()}
-        for feed in self.state.values():
+        self._unread: set[str] = set()
+        """loaders of the state that gave no batch yet"""
+        for key, feed in self.state.items():
             if isinstance(feed, Feed | Placed):
-                feed.on_batch = self.begin_step
-        self._policy = _policy(save_every)
+                feed.on_batch = partial(self._read_from, key)
+                self._unread.add(key)
+        self._policy = schedule.policy(save_every)
         self._tiers = Tiers(url, name, keeping.checked(keep, keep_every, best), secret_of(passphrase), clock, sink)
         self._tiers.disk.delta = delta
         self._name, self._ranks = name, ranks or Ranks()
@@ -119,7 +121,7 @@ class Run:
         self._signals = Signals(self._on_uncaught)
         self._is_inside_step = False
         self._last = self._began = self._saved_at = clock.monotonic_seconds()
-        self._saved_step = 0
+        self._saved_step = self._first_step = 0
         self._has_begun = False
         self._unnoted: tuple[int, Candidate | None] | None = None
         """where this life began, until its first step does: one that makes no step is no life"""
@@ -140,14 +142,8 @@ class Run:
                 staged.hold()
                 self._staged = None
 
-        def after(*_: object) -> None:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        setattr(parameter.grad, _USED_UP, parameter.grad._version)
-
         yield optimizer.register_step_pre_hook(before)
-        yield optimizer.register_step_post_hook(after)
+        yield optimizer.register_step_post_hook(lambda *_: gradients.use_up(optimizer))
 
     # -- resume ----------------------------------------------------------------------------------
 
@@ -218,7 +214,7 @@ class Run:
     def begin_at(self, step: int) -> int:
         """Go on from this step with the live state as it is; the step. `resume` and `load` say it."""
         self._has_begun, self._is_inside_step = True, False
-        self.finished_steps = self._saved_step = step
+        self.finished_steps = self._saved_step = self._first_step = step
         self._saved_at = self._last = self._clock.monotonic_seconds()
         self._due_step, self._due_seconds = self._next_due()
         self._meet_step = step + 1
@@ -263,6 +259,7 @@ class Run:
     def steps(self, loader: Any, *, until: int) -> Iterator[tuple[int, Any]]:
         """(step, batch) from where the run is, epoch after epoch."""
         feed = self._feeds.get(id(loader), loader)
+        given, last = 0, self.finished_steps
         while self.finished_steps < until:
             empty = True
             for batch in self._batches(feed):
@@ -271,6 +268,12 @@ class Run:
                 if self._trail.wants:
                     self._trail.see(batch)
                 yield self.finished_steps, batch
+                given, last = given + 1 if last == self.finished_steps else 0, self.finished_steps
+                if given == _STEPLESS_BATCHES:
+                    told = (
+                        f"{given} batches were given out since run.step() was last called: nothing is saved without it"
+                    )
+                    self._sink.event(Event("run.stepless", told))
                 if self.finished_steps >= until:
                     return
             if empty:
@@ -284,6 +287,10 @@ class Run:
             if self._signals.asked and not self._is_inside_step:
                 self._answer(self._signals.take(), {})
             raise
+
+    def _read_from(self, key: str) -> None:
+        self._unread.discard(key)
+        self.begin_step()
 
     def begin_step(self) -> None:
         """Say that a step begins: until `step` the state is not whole, and no exception saves it. `steps` says it."""
@@ -372,9 +379,7 @@ class Run:
 
     def _save(self, metrics: Mapping[str, float], *, in_memory: bool = False, asked: bool = False) -> PendingSave:
         if self._proof is not None:
-            return self._proof.instead_of_saving(
-                self.finished_steps, asked, lambda: live.capture(self.state, self._accumulating())
-            )
+            return self._proof.instead_of_saving(self.finished_steps, asked, self._capture)
         metrics = _checked(metrics)
         self._tell(self._end_pending(wait=True))  # this one takes its place
         began = self._clock.monotonic_seconds()
@@ -382,7 +387,7 @@ class Run:
         refused: Exception | None = None
         staged, parts = Staged(), dict[str, live.Part]()
         try:
-            parts = live.capture(self.state, self._accumulating())
+            parts = self._capture()
             staged = self._stage.begin(saving.files_of(parts), overlap=self._overlap)
         except Exception as exc:
             staged.finish(exc)
@@ -416,6 +421,7 @@ class Run:
             if self._ranks.is_first:
                 self._tiers.drop(in_memory=in_memory)
 
+        self._tell_of_unread()
         threading.Thread(target=pending.run, args=(persist, drop), name="outlast-save").start()
         if refused is not None:
             pending.wait_done()  # the other ranks are told
@@ -427,6 +433,17 @@ class Run:
         pending.cost_seconds = self._last - began
         self._due_step, self._due_seconds = self._next_due()
         return pending
+
+    def _tell_of_unread(self) -> None:
+        if self.finished_steps == self._first_step:
+            return
+        for key in self._unread:
+            told = (
+                f"state[{key!r}] gave no batch, so its place in the data is saved as it was: iterate "
+                f"run.steps(loader, ...) or run.state[{key!r}], for of the loader itself nobody sees what it gives"
+            )
+            self._sink.event(Event("loader.unread", told, {"key": key}))
+        self._unread.clear()
 
     def _facts_of(self, now: float) -> dict[str, object]:
         life = msgspec.structs.replace(self._life, run_seconds=self._life.run_seconds + now - self._began)
@@ -450,15 +467,8 @@ class Run:
             return (self.finished_steps // after.steps + 1) * after.steps, _NEVER
         return _NEVER, self._saved_at + after.seconds - self._step_seconds / 2
 
-    def _accumulating(self) -> set[int]:
-        """Parameters whose gradients changed since their optimizer stepped: they are still needed."""
-        return {
-            id(parameter)
-            for each in live.optimizers(self.state)
-            for group in each.param_groups
-            for parameter in group["params"]
-            if (grad := parameter.grad) is not None and getattr(grad, _USED_UP, None) != grad._version
-        }
+    def _capture(self) -> dict[str, live.Part]:
+        return live.capture(self.state, gradients.needed(live.optimizers(self.state)))
 
     def _end_pending(self, *, wait: bool = False) -> BaseException | None:
         """What made the save under way fail, if it did and nobody was told."""
@@ -513,6 +523,14 @@ class Run:
         if error is not None:
             self._sink.event(Event("save.failed", f"a save failed: {error}"))
 
+    def _tell_of_unsaved(self) -> None:
+        if self.finished_steps != self._saved_step:
+            told = (
+                f"run {self._name} ended at step {self.finished_steps} without run.close(): what it goes on from is "
+                f"step {self._saved_step}"
+            )
+            self._sink.event(Event("run.not_closed", told))
+
     def _on_uncaught(self, error: BaseException) -> None:
         """Save where the state is whole: between two steps, not inside one. Other ranks may be elsewhere: not then."""
         is_whole = not self._is_inside_step and self.finished_steps != self._saved_step
@@ -553,25 +571,11 @@ def _checked(metrics: Mapping[str, float]) -> dict[str, float]:
         raise InvalidInput(f"metrics are names and numbers: {exc}.") from exc
 
 
-def _policy(every: int | str) -> schedule.Policy:
-    if every == "auto":
-        return schedule.Policy()
-    if type(every) is int and every > 0:
-        return schedule.Policy(steps=every)
-    if isinstance(every, str) and every.endswith("s"):
-        try:
-            seconds = float(every[:-1])
-        except ValueError:
-            seconds = 0.0
-        if 0 < seconds < _NEVER:
-            return schedule.Policy(seconds=seconds)
-    raise InvalidInput(f'save_every={every!r} is neither a number of steps, nor seconds as in "90s", nor "auto".')
-
-
 def _end_open() -> None:
     """At the end of a process that never closed its runs: a save under way is waited for, and a failure is told."""
     for run in list(_OPEN):
         run._tell(run._end_pending(wait=True))
+        run._tell_of_unsaved()
 
 
 # Before thread pools refuse work, which is earlier than what `atexit` knows calls its functions.

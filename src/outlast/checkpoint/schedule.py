@@ -15,10 +15,13 @@ from collections.abc import Sequence
 
 import msgspec
 
+from outlast.errors import InvalidInput
+
 PRIOR_FAILURE_SECONDS = 24 * 3600.0
 """the mean time between failures that is assumed of a run that was never seen to fail; weighs as one failure"""
 FIRST_SECONDS = 60.0
 """The first save shows what a save costs, so it comes early."""
+_UNIT_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 SIGNALS = (15, 2, 10)
 """SIGTERM, SIGINT, SIGUSR1: of several the first is followed"""
 
@@ -29,6 +32,22 @@ class Policy(msgspec.Struct, frozen=True):
     steps: int = 0
     seconds: float = 0.0
     max_overhead: float = 0.01
+
+
+def policy(every: int | str) -> Policy:
+    """Of `save_every`: steps, time as in "90s", "10m" and "2h", or "auto". Raises `InvalidInput`."""
+    if every == "auto":
+        return Policy()
+    if type(every) is int and every > 0:
+        return Policy(steps=every)
+    if isinstance(every, str) and every[-1:] in _UNIT_SECONDS:
+        try:
+            seconds = float(every[:-1]) * _UNIT_SECONDS[every[-1]]
+        except ValueError:
+            seconds = 0.0
+        if 0 < seconds < math.inf:
+            return Policy(seconds=seconds)
+    raise InvalidInput(f'save_every={every!r} is neither a number of steps, nor time as in "90s" or "2h", nor "auto".')
 
 
 class Facts(msgspec.Struct, frozen=True):

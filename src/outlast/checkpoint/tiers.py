@@ -22,7 +22,7 @@ from outlast.clock import Clock
 from outlast.errors import Busy, NoRepository, OutlastError, Refused
 from outlast.events import Event, EventSink
 from outlast.records import Snapshot
-from outlast.repo import forget, prune
+from outlast.repo import deltas, forget, prune
 from outlast.repo.prune_plan import Policy as PrunePolicy
 from outlast.repo.repository import Repository
 from outlast.repo.state import RESUMED
@@ -112,15 +112,22 @@ class Tier:
                 f"the ranks of this run see different repositories at {self._url}; nothing was saved.",
                 hint="Give the run a place that all of them share, such as s3:// or a network file system.",
             )
+        if self.delta and not deltas.are_allowed(self.repository):
+            self.delta = False
+            told = f"{self._url} was made before there were differences, so checkpoints are stored whole"
+            self._sink.event(Event("delta.not_allowed", told))
         for left in reversed(range(_TRIES)):
             trusting = not self.was_damaged
             try:
-                return saving.persist(
+                made = saving.persist(
                     self.repository, self._name, captured, tags, ranks, trusting=trusting, delta=self.delta
                 )
             except Busy:  # somebody's prune took what it relied on
                 if not left:
                     raise
+            else:
+                self.was_damaged = False  # all that later ones will rely on was stored or read now
+                return made
         raise AssertionError
 
     def verify(self, snapshot: Snapshot) -> None:
@@ -151,7 +158,7 @@ class Tiers:
     def __init__(
         self, url: str, name: str, policy: keep.Policy, secret: Secret | None, clock: Clock, sink: EventSink
     ) -> None:
-        self._policy, self._sink = policy, sink
+        self._name, self._policy, self._sink = name, policy, sink
         self._user_folder = f"{_MEMORY}/outlast-{os.getuid()}"
         self._memory_folder = f"{self._user_folder}/{_own_name(url, name)}"
         self.disk = Tier(url, name, secret, clock, sink)
@@ -160,6 +167,11 @@ class Tiers:
 
     def candidates(self, *, with_memory: bool) -> list[Candidate]:
         """Every checkpoint, the one that was saved last before all others. Those in memory stand by their time."""
+        if (other := self.marker.other_process()) is not None:
+            raise Refused(
+                f"run {self._name} is being trained by process {other} on this machine; nothing was loaded.",
+                hint="End that one first, or give this run another name.",
+            )
         began_at, died_at = self.marker.last() or (None, None)
         found: list[tuple[str, Candidate]] = []
         tiers = [self.disk]
