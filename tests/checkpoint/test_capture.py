@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random  # noqa: TID251  a state that is captured
 from collections import Counter, OrderedDict, deque
 from pathlib import Path
@@ -116,7 +117,7 @@ def test_every_kind_of_value_comes_back_bit_for_bit(tmp_path: Path) -> None:
         "ordered": OrderedDict(b=1, a=2),
         "counted": Counter("hello"),
         "queue": deque([1, 2, 3], maxlen=5),
-        "bytes": b"\0\xff",
+        "bytes": [b"\0\xff", bytearray(b"\0\xfe")],
         "complex": 1 - 0.5j,
         "numpy": {"scalar": np.float32(0.1), "big": np.arange(6, dtype=">u2").reshape(2, 3), "flag": np.bool_(True)},
         "types": [torch.bfloat16, torch.device("cpu"), torch.Size([2, 3])],
@@ -183,6 +184,10 @@ class Opaque:
         ({"a": {"t": torch.eye(3).to_sparse()}}, "the tensor t is sparse"),
         ({"a": {"t": torch.empty(3, device="meta")}}, "meta"),
         ({"a": {"n": np.array([object()])}}, r"state\['a'\]\['n'\]"),
+        ({"a": {"file": "caf\udce9"}}, r"state\['a'\]\['file'\] has a lone surrogate"),
+        ({"a": [{"caf\udce9": 1}]}, r"state\['a'\]\[0\]\['caf\\udce9'\] has a lone surrogate"),
+        ({"a": {("caf\udce9", 1): torch.ones(1)}}, "has a lone surrogate"),
+        ({"a": {"seed": 1 << 20_000}}, r"state\['a'\]\['seed'\] is an integer of 20,001 bits"),
     ],
 )
 def test_what_can_not_be_kept_is_refused_with_its_path(state: dict[str, Any], path: str, tmp_path: Path) -> None:
@@ -205,3 +210,71 @@ def test_lazily_made_state_is_loaded_too(tmp_path: Path) -> None:
     assert torch.equal(
         fresh.state[other[0].weight]["momentum_buffer"], optimizer.state[model[0].weight]["momentum_buffer"]
     )
+
+
+class Spread(nn.Module):
+    """Buffers whose elements share memory, which `expand` makes."""
+
+    def __init__(self, value: float, *, persistent: bool) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.tensor([[value], [2 * value]]).expand(2, 5), persistent=persistent)
+
+
+def test_expanded_tensors(tmp_path: Path) -> None:
+    """They come back where memory can be shared as it was; a module that could never load its own is refused."""
+    state = {"model": Spread(3.0, persistent=False), "values": {"row": torch.ones(2).expand(3, 2)}}
+    saved(tmp_path, state)
+    live = {"row": torch.zeros(2).expand(3, 2)}
+    found = loaded(tmp_path, {"model": Spread(0.0, persistent=False), "values": live})
+    assert torch.equal(found["model"].mask, state["model"].mask)
+    assert found["model"].mask.stride() == (1, 0)
+    assert torch.equal(live["row"], torch.ones(3, 2))
+    assert torch.equal(loaded(tmp_path, {"values": {}})["values"]["row"], torch.ones(3, 2))
+    with pytest.raises(Refused, match=r"state\['model'\]\['mask'\] is an expanded tensor"):
+        Run(str(tmp_path / "runs"), name="y", state={"model": Spread(3.0, persistent=True)}).save()
+
+
+def test_an_expanded_tensor_does_not_take_what_differs_within(tmp_path: Path) -> None:
+    saved(tmp_path, {"values": {"row": torch.arange(6.0).reshape(3, 2)}})
+    live = torch.zeros(2).expand(3, 2)
+    with pytest.raises(Refused, match="can't hold what was saved"):
+        loaded(tmp_path, {"values": {"row": live}})
+    assert not live.any()
+
+
+class Turn(nn.Module):
+    def __init__(self, value: complex) -> None:
+        super().__init__()
+        self.turn = nn.Parameter(torch.full((3, 2), value))
+
+
+def test_complex_parameters(tmp_path: Path) -> None:
+    model = Turn(1 - 2j)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.turn.abs().sum().backward()
+    optimizer.step()
+    saved(tmp_path, {"model": model, "optimizer": optimizer})
+    other = Turn(0j)
+    fresh = torch.optim.AdamW(other.parameters())
+    loaded(tmp_path, {"model": other, "optimizer": fresh})
+    assert torch.equal(other.turn, model.turn)
+    assert torch.equal(fresh.state[other.turn]["exp_avg"], optimizer.state[model.turn]["exp_avg"])
+
+
+def test_other_types_are_refused_and_nothing_is_cast(tmp_path: Path) -> None:
+    saved(tmp_path, {"model": nn.Sequential(net(), nn.BatchNorm1d(4)), "own": torch.ones(2)})
+    other = nn.Sequential(net().to(torch.bfloat16), nn.BatchNorm1d(3))
+    before = other[0][0].weight.clone()
+    with pytest.raises(Refused) as raised:
+        loaded(tmp_path, {"model": other, "own": torch.ones(2, dtype=torch.float64)})
+    told = raised.value.message.splitlines()[1:]
+    assert "  model: retyped 0.0.weight: was float32, is bfloat16" in told
+    assert "  model: reshaped 1.weight: was [4], is [3]" in told
+    assert "  retyped own: was float32, is float64" in told
+    assert torch.equal(other[0][0].weight, before)
+    many = nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in range(40))
+    saved(tmp_path / "many", {"model": many})
+    with pytest.raises(Refused) as raised:
+        loaded(tmp_path / "many", {"model": copy.deepcopy(many).half()})
+    assert len(raised.value.message.splitlines()) == 20
+    assert raised.value.message.endswith("and 22 more")

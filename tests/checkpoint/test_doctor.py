@@ -118,6 +118,9 @@ def test_without_a_command_the_latest_checkpoint_is_read(trained: Path) -> None:
     assert parts["model"]["norm"] > 1
     assert "proof" not in found
     assert "no run nope" in outlast(trained, "doctor", "resume", "nope", code=1).err
+    told = outlast(trained, "doctor", "resume", "gpt@8", code=1).err
+    assert "there are runs: gpt." in told
+    assert "Is it gpt? `outlast runs`" in told
 
 
 def test_damage_is_told_before_anything_is_started(tmp_path: Path) -> None:

@@ -17,11 +17,15 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import nn
 
-from outlast.checkpoint.export import export
-from outlast.checkpoint.references import find_checkpoint as find
+from outlast.backup.create import create
+from outlast.checkpoint.export import export, export_found
+from outlast.checkpoint.references import find
 from outlast.checkpoint.run import Run
 from outlast.errors import Corrupt, InvalidInput, NotFound, Refused
+from outlast.events import ListSink
 from outlast.records import Snapshot
+from outlast.repo import forget, prune
+from outlast.repo.prune_plan import Policy
 from outlast.repo.repository import Repository
 from outlast.store.layers import open_store
 
@@ -197,6 +201,62 @@ def test_checkpoints_are_named_by_run_step_or_id(saved: tuple[Repository, Snapsh
         find(repository, "gpt@7")
     with pytest.raises(NotFound, match="there are runs: gpt"):
         find(repository, "other")
+
+
+def forget_and_prune(place: Path, *references: str) -> set[str]:
+    """As the run itself does while it goes on, and thoroughly; the packs that are gone."""
+    other = Repository.open(open_store(str(place)))
+    before = set(other.state.packs)
+    forget.execute(other, forget.plan(other, ids=[find(other, each).id for each in references]))
+    prune.prune(other, Policy(max_unused=0.0, max_delete=1.0, grace_seconds=0.0))
+    return before - set(other.state.packs)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("form", ["safetensors", "torch", "dcp"])
+def test_what_a_prune_has_moved_meanwhile_is_found_without_a_word(
+    saved: tuple[Repository, Snapshot, State], tmp_path: Path, form: str, indexed: bool
+) -> None:
+    told = ListSink()
+    seen = Repository.open(open_store(str(tmp_path / "runs")), sink=told)
+    if indexed:
+        seen.load_index()
+    packs = set(seen.state.packs)
+    gone = forget_and_prune(tmp_path / "runs", "gpt@1")
+    assert gone and gone <= packs, "packs were expected to be written anew"
+    report = export_found(seen, lambda: find(seen, "gpt@2"), form, str(tmp_path / "out"))
+    assert (report.step, told.events) == (2, [])
+    export(Repository.open(open_store(str(tmp_path / "runs"))), saved[1], form, str(tmp_path / "again"))
+    assert (tmp_path / "out").exists() and report.bytes > 0
+    if form == "safetensors":
+        names = os.listdir(tmp_path / "again")
+        assert {name: (tmp_path / "out" / name).read_bytes() for name in names} == {
+            name: (tmp_path / "again" / name).read_bytes() for name in names
+        }
+
+
+def test_the_latest_that_a_run_has_dropped_meanwhile_is_the_one_after(
+    saved: tuple[Repository, Snapshot, State], tmp_path: Path
+) -> None:
+    place, state = tmp_path / "runs", saved[2]
+    seen, exact = (Repository.open(open_store(str(place)), sink=ListSink()) for _ in range(2))
+    with Run(str(place), name="gpt", state=state, save_every=10**9) as run:
+        run.resume()
+        train(state)
+        run.step()
+        run.save().wait()
+    forget_and_prune(place, "gpt@1", "gpt@2")
+    assert export_found(seen, lambda: find(seen, "gpt"), "torch", str(tmp_path / "new.pt")).step == 3
+    with pytest.raises(NotFound, match="of gpt was removed while it was exported"):
+        export_found(exact, lambda: find(exact, "gpt@2"), "torch", str(tmp_path / "old.pt"))
+    assert not (tmp_path / "old.pt").exists()
+
+
+def test_a_backup_is_no_checkpoint_to_export(saved: tuple[Repository, Snapshot, State], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    made = create(saved[0], [bytes(tmp_path / "file")])
+    with pytest.raises(InvalidInput, match="is a backup of files"):
+        export(saved[0], find(saved[0], made.snapshot), "safetensors", str(tmp_path / "out"))
 
 
 def test_nothing_is_overwritten_and_nothing_half_is_left(

@@ -472,3 +472,21 @@ def test_that_a_repository_knows_no_differences_is_told_once(url: str, monkeypat
         run.resume()
         trained(run, 3)
     assert [each.kind for each in told.events] == ["delta.not_allowed"]
+
+
+def test_options_that_the_checkpoint_overrides_are_told(url: str) -> None:
+    told, state = Told(), made()
+    with Run(url, name="x", state=state) as run:
+        trained(run, 1)
+    state["optimizer"].param_groups[0]["lr"] = 0.5
+    Run(url, name="x", state=state, sink=told).resume()
+    assert [each.reason for each in told.events] == [
+        "resuming at step 1: lr of optimizer, group 0, is 0.5 in the script, and goes on as 0.1"
+    ]
+    torch.optim.lr_scheduler.ExponentialLR(state["optimizer"], 0.5).step()
+    told.events.clear()
+    with Run(url, name="y", state=state) as run:
+        trained(run, 1)
+    state["optimizer"].param_groups[0]["lr"] = 0.1
+    Run(url, name="y", state=state, sink=told).resume()
+    assert not told.events, "a scheduler changes it all the time"

@@ -36,7 +36,7 @@ from torch.futures import Future
 
 import outlast
 from outlast import Passphrase, __version__, records
-from outlast.checkpoint import dcp_metadata, pieces
+from outlast.checkpoint import dcp_metadata, pieces, references
 from outlast.checkpoint.dcp_metadata import Description, Stored, Topology
 from outlast.checkpoint.dcp_read import Reading
 from outlast.checkpoint.leaves import Leaves, TensorFile, tensor_bytes
@@ -85,7 +85,8 @@ class OutlastWriter(StorageWriter):
         passphrase: Passphrase | None = None,
         sink: EventSink = NULL_SINK,
     ) -> None:
-        self._url, self._name, self._step, self._passphrase, self._sink = url, name, step, passphrase, sink
+        self._url, self._name = url, references.run_name(name)
+        self._step, self._passphrase, self._sink = step, passphrase, sink
         self._step_asked: int | None = None
         self._step_now: int | None = None
         self._is_coordinator = False

@@ -22,9 +22,9 @@ import numpy as np
 
 from outlast.checkpoint.compare import NUMBERS, numbers
 from outlast.checkpoint.inventory import RankFiles, rank_files
-from outlast.checkpoint.references import checkpoints
+from outlast.checkpoint.references import checkpoints, no_run
 from outlast.checkpoint.state_file import RNG
-from outlast.errors import Corrupt, InvalidInput, NotFound, Refused
+from outlast.errors import Corrupt, InvalidInput, Refused
 from outlast.records import Snapshot
 from outlast.repo.repository import Repository
 
@@ -152,7 +152,7 @@ def examine(repository: Repository, run: str, *, compares: bool) -> Examined:
 def _checkpoints_of(repository: Repository, run: str) -> list[tuple[int, Snapshot]]:
     mine = checkpoints(repository, run)
     if not mine:
-        raise NotFound(f"there is no run {run} with a checkpoint.", hint="`outlast runs` lists the runs.")
+        raise no_run(repository, run)
     return mine
 
 

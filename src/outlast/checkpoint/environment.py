@@ -47,7 +47,7 @@ def fingerprint() -> dict[str, Any]:
         "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
         "matmul_precision": torch.get_float32_matmul_precision(),
         "default_dtype": str(torch.get_default_dtype()),
-        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "variables": {name: _printable(os.environ[name]) for name in _VARIABLES if name in os.environ},
     }
 
 
@@ -83,11 +83,16 @@ def masked(arguments: list[str]) -> list[str]:
         if hides_next and not argument.startswith("-"):
             found.append(MASKED)
         elif equals and _SECRET_NAME.search(name):
-            found.append(f"{name}={MASKED}")
+            found.append(f"{_printable(name)}={MASKED}")
         else:
-            found.append(_SECRET_VALUE.sub(MASKED, argument))
+            found.append(_printable(_SECRET_VALUE.sub(MASKED, argument)))
         hides_next = argument.startswith("-") and not equals and _SECRET_NAME.search(argument) is not None
     return found
+
+
+def _printable(text: str) -> str:
+    """Bytes that are no UTF-8, which Python has as lone surrogates, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _git() -> dict[str, Any] | None:

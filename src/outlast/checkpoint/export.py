@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -19,7 +20,8 @@ from outlast.checkpoint.load import Shelf
 from outlast.checkpoint.new_file import fresh
 from outlast.checkpoint.state_file import STATE_FILE, folder_of
 from outlast.checkpoint.tree import Node, decode
-from outlast.errors import Corrupt, InvalidInput, Refused
+from outlast.errors import Corrupt, InvalidInput, NotFound, OutlastError, Refused
+from outlast.events import Event, ListSink
 from outlast.records import Entry, Snapshot
 from outlast.repo.content import RecentChunks
 from outlast.repo.repository import Repository, chunk_offsets
@@ -49,8 +51,13 @@ def export(repository: Repository, snapshot: Snapshot, form: str, path: str) -> 
     """Write a checkpoint to a new file or folder; every byte read is verified.
 
     Raises `Refused` where something is at `path`, and for what a form can't hold; `Corrupt`; `InvalidInput` where
-    what writes a form is not installed. Then nothing is there.
+    what writes a form is not installed, and for a backup. Then nothing is there.
     """
+    if snapshot.kind != "checkpoint":
+        raise InvalidInput(
+            f"snapshot {snapshot.id[:8]} is a backup of files, not a checkpoint; nothing was written.",
+            hint=f"`outlast restore {snapshot.id[:8]} --to DIR` brings it back.",
+        )
     if form not in FORMATS:
         raise InvalidInput(f"there is no format {form}; nothing was written.", hint=f"Known are {', '.join(FORMATS)}.")
     files = {entry.path: entry for entry in repository.entries(snapshot) if entry.type == "file"}
@@ -74,6 +81,50 @@ def export(repository: Repository, snapshot: Snapshot, form: str, path: str) -> 
         write(shelves, ranks, part, report)
         report.files, report.bytes = _measure(part)
     return report
+
+
+def export_found(repository: Repository, find: Callable[[], Snapshot], form: str, path: str) -> Exported:
+    """`export` of what `find` gives, from a repository that a training may be saving to.
+
+    Its prunes take what was seen here. What is missing then is looked for once more, by what the log says now; that a
+    pack is gone which no snapshot needs any more is no news. Raises `NotFound` where the checkpoint itself is gone.
+    """
+    sink, seq = repository.sink, repository.state.seq
+    snapshot = find()
+    repository.sink = told = ListSink()
+    try:
+        return export(repository, snapshot, form, path)
+    except Corrupt:
+        _refresh(repository)
+        if repository.state.seq == seq:
+            raise
+    finally:
+        repository.sink = sink
+        if told.events:
+            _refresh(repository)
+        for event in told.events:
+            if _is_news(repository, event):
+                sink.event(event)
+    if snapshot.id not in repository.state.snapshots:
+        try:
+            snapshot = find()
+        except NotFound as exc:
+            raise NotFound(
+                f"checkpoint {snapshot.id[:8]} of {snapshot.name} was removed while it was exported: its run keeps "
+                "others by now; nothing was written.",
+                hint=f"`outlast export {snapshot.name}` takes the latest; Run(keep=...) says how many stay.",
+            ) from exc
+    return export(repository, snapshot, form, path)
+
+
+def _refresh(repository: Repository) -> None:
+    with suppress(OutlastError):  # the log is damaged, or out of reach: what was told or failed first is the news
+        repository.refresh()
+
+
+def _is_news(repository: Repository, event: Event) -> bool:
+    place, _, name = event.fields.get("object", "").rpartition("/")
+    return not place.startswith("packs") or repository.state.find(name) is not None
 
 
 def _key(path: str) -> str:

@@ -165,8 +165,9 @@ def _of_stateful(key: str, tree: Any) -> Told:
     if not isinstance(tree, dict) or not {"epoch", "consumed"} <= tree.keys():
         return
     samples = f" of {tree['samples']:,}" if isinstance(tree.get("samples"), int) else ""
-    where = "between two epochs" if tree.get("seed") is None else f"{tree['consumed']:,}{samples} consumed"
-    yield "data position", f"{key}: epoch {tree['epoch']}, {where}", True
+    consumed = f"{tree['consumed']:,}" if isinstance(tree["consumed"], int) else text(tree["consumed"])
+    where = "between two epochs" if tree.get("seed") is None else f"{consumed}{samples} consumed"
+    yield "data position", f"{key}: epoch {text(tree['epoch'])}, {where}", True
 
 
 def _of_random_numbers(_: str, tree: Any) -> Told:

@@ -75,6 +75,31 @@ def region_of(name: str, tensor: torch.Tensor) -> Region | None:
     return Region(tuple(blocks[0].offsets), tuple(blocks[0].sizes))
 
 
+class Form(NamedTuple):
+    """What a tensor is but for its elements."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def form_of(node: Node, stored: Form) -> Form:
+    """Of the whole tensor that a node stands for, that of all ranks together where it is sharded.
+
+    `stored`: of what lies in the file. Raises `Corrupt` where the two don't fit.
+    """
+    found = stored
+    if "order" in node or "complex" in node:
+        made = rebuild(node, torch.empty(stored.shape, dtype=stored.dtype, device="meta"))
+        found = Form(tuple(made.shape), made.dtype)
+    if "global" in node:
+        shape, offset = node["global"]["shape"], node["global"]["offset"]
+        fits = len(shape) == len(offset) == len(stored.shape) == len(found.shape)
+        if not fits or any(at + size > end for at, size, end in zip(offset, stored.shape, shape, strict=True)):
+            raise Corrupt(f"what is stored of the tensor {node['name']} is no block of a tensor of shape {shape}.")
+        found = Form(tuple(shape), found.dtype)
+    return found
+
+
 class Leaves:
     """Gathers the tensors of one file. Each place in memory is stored once, however many names it has."""
 
@@ -138,6 +163,11 @@ def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
+def is_spread(tensor: torch.Tensor) -> bool:
+    """Whether an element stands in several places of it, as `expand` makes it."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
 def _memory_order(tensor: torch.Tensor) -> list[int] | None:
     """For a dense tensor that lies in another order than row-major (channels_last): its dimensions as they lie."""
     if tensor.is_contiguous() or tensor.dim() < 2:
@@ -155,7 +185,12 @@ def rebuild(node: Node, stored: torch.Tensor) -> torch.Tensor:
             raise Corrupt(f"the tensor {node['name']} has a memory order that does not fit it.")
         back = sorted(range(len(order)), key=order.__getitem__)
         stored = stored.permute(order).contiguous().permute(back)
-    return torch.view_as_complex(stored) if node.get("complex") else stored
+    if not node.get("complex"):
+        return stored
+    try:
+        return torch.view_as_complex(stored)
+    except RuntimeError as exc:
+        raise Corrupt(f"the tensor {node['name']} is stored in a form that holds no complex numbers.") from exc
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -7,15 +7,15 @@ numbers, place in the data) is then that of rank 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import msgspec
 import torch
 
 from outlast.checkpoint import state as live
-from outlast.checkpoint.leaves import DTYPES, Region, tensor_bytes
+from outlast.checkpoint.leaves import DTYPES, Form, Region, form_of, tensor_bytes
 from outlast.checkpoint.state import Part, State
 from outlast.checkpoint.state_file import RNG, describe, folder_of, ranks_of
 from outlast.checkpoint.tree import Node
@@ -54,27 +54,35 @@ class Shelf:
     """What one rank saved."""
 
     def __init__(self, files: Mapping[str, Entry], folder: str, chunks: RecentChunks, snapshot: Snapshot) -> None:
-        self._chunks = chunks
+        self._chunks, self._snapshot = chunks, snapshot
         self.files = {path.removeprefix(folder): entry for path, entry in files.items() if path.startswith(folder)}
         self.described = describe(self.files, chunks, snapshot)
         self.parts = {key: Part(kind, tree) for key, (kind, tree) in self.described.parts.items()}
         self._tensors: dict[str, dict[str, Stored]] = {}
 
     def tensors(self, key: str) -> dict[str, Stored]:
-        """Those of both files of a key, by name."""
+        """Those of both files of a key, by name; all that its tree speaks of, in a form that fits it."""
         if key not in self._tensors:
-            found = self._tensors[key] = {}
+            found: dict[str, Stored] = {}
             for file in (f"{key}.safetensors", f"{key}.more.safetensors"):
                 if file in self.files:
                     found.update(_tensors_of(self.files[file], self._chunks))
+            for node in tensor_nodes(self.parts[key].tree) if key in self.parts else ():
+                stored = found.get(node["name"])
+                if stored is None:
+                    what = f"the files of {key} lack the tensor {node['name']}."
+                    raise Corrupt(f"checkpoint {self._snapshot.id[:8]} is not whole: {what}")
+                try:
+                    form_of(node, Form(stored.shape, stored.dtype))
+                except Corrupt as exc:
+                    raise Corrupt(f"checkpoint {self._snapshot.id[:8]}, {key}: {exc.message}") from exc
+            self._tensors[key] = found
         return self._tensors[key]
 
-    def shape_of(self, key: str, node: Node) -> tuple[int, ...] | None:
+    def form_of(self, key: str, node: Node) -> Form:
         """Of the whole tensor, that of all ranks together where it is sharded."""
-        if "global" in node:
-            return tuple(node["global"]["shape"])
-        stored = self.tensors(key).get(node["name"])
-        return None if stored is None else stored.shape[:-1] if node.get("complex") else stored.shape
+        stored = self.tensors(key)[node["name"]]
+        return form_of(node, Form(stored.shape, stored.dtype))
 
     def read(self, stored: Stored) -> torch.Tensor:
         data = bytearray(Content(stored.entry, self._chunks.get).read(stored.offset, stored.length))
@@ -96,8 +104,19 @@ class Shelf:
         return Region(self.offsets.get((key, name), (0,) * len(shape)), shape)
 
 
-def load(repository: Repository, snapshot: Snapshot, state: State, rank: int = 0, ranks: int = 1) -> Loaded:
-    """Fill the live objects of `state`. Raises `Corrupt`, `Refused`; then they may be filled in part."""
+def load(
+    repository: Repository,
+    snapshot: Snapshot,
+    state: State,
+    rank: int = 0,
+    ranks: int = 1,
+    *,
+    check: Callable[[Loaded], None] | None = None,
+) -> Loaded:
+    """Fill the live objects of `state`. Raises `Corrupt`, `Refused`; then they may be filled in part.
+
+    `check` gets what is to be loaded before anything is changed, and what it raises keeps everything as it is.
+    """
     files = {entry.path: entry for entry in repository.entries(snapshot) if entry.type == "file"}
     chunks = RecentChunks(repository)
     saved_ranks = ranks_of(files) or 1
@@ -108,14 +127,19 @@ def load(repository: Repository, snapshot: Snapshot, state: State, rank: int = 0
         raise Refused(f"checkpoint {snapshot.id[:8]} has no {', '.join(missing)}; it has {', '.join(shelf.parts)}.")
     wanted = {key: part for key, part in shelf.parts.items() if key in state or key == RNG}
     classes: Any = shelf.described.facts.get("classes", {})
-    refuse_mismatch(snapshot, live.mismatches(state, wanted, shelf.shape_of, classes))
-    regions = live.regions(state, wanted, shelf.shape_of)
+    refuse_mismatch(snapshot, mismatches(state, wanted, shelf.form_of, classes))
+    regions = live.regions(state, wanted, shelf.form_of)
     targets = live.destinations(state, wanted)
     notes = [] if saved_ranks == ranks else [_resharding(shelf, state, saved_ranks, ranks)]
     left_out = [key for key in shelf.parts if key not in wanted]
     notes += [f"not in the state, and so not restored: {', '.join(left_out)}"] if left_out else []
+    notes += sorted(_overridden(state, wanted))
     if saved_ranks != ranks:
         notes += _taken_of_first(snapshot, shelves, state)
+    total = sum(entry.size for entry in shelf.files.values())
+    loaded = Loaded(shelf.described.step, snapshot, total, shelf.described.facts, notes)
+    if check is not None:
+        check(loaded)
     tensors: Tensors = {}
     runs: dict[str, list[tuple[int, memoryview]]] = {}
     spread: list[tuple[str, str, torch.Tensor, Region]] = []
@@ -136,11 +160,13 @@ def load(repository: Repository, snapshot: Snapshot, state: State, rank: int = 0
     _fill(repository, files, runs)
     for key, name, target, region in spread:
         put_together(shelves, key, name, target, region)
-    live.give_back(state, wanted, tensors, regions)
+    try:
+        live.give_back(state, wanted, tensors, regions)
+    except Corrupt as exc:
+        raise Corrupt(f"checkpoint {snapshot.id[:8]} can't be given back: {exc.message}") from exc
     if rank >= saved_ranks or (rank and saved_ranks != ranks):
         live.reseed(rank)
-    total = sum(entry.size for entry in shelf.files.values())
-    return Loaded(shelf.described.step, snapshot, total, shelf.described.facts, notes)
+    return loaded
 
 
 class Shelves:
@@ -170,6 +196,88 @@ def refuse_mismatch(snapshot: Snapshot, found: list[str]) -> None:
         f"checkpoint {snapshot.id[:8]} does not fit the state; nothing was loaded:\n  " + "\n  ".join(shown),
         hint="Build the model and the optimizer as they were, or load by name what you need of it.",
     )
+
+
+def mismatches(state: State, parts: Mapping[str, Part], form_of: live.FormOf, classes: Mapping[str, str]) -> list[str]:
+    """What keeps saved parts from being given back, a line each: kinds, and names, shapes and types of tensors."""
+    found = []
+    names = live.parameter_names(state)
+    for key, item in state.items():
+        part = parts[key]
+        if part.kind != live.kind_of(item):
+            found.append(f"{key}: was a {part.kind}, is a {live.kind_of(item)}")
+        elif part.kind == "module":
+            mine = {
+                live.plain_name(name): value for name, value in live.unwrap(item).state_dict(keep_vars=True).items()
+            }
+            found += _missing(key, mine, part.tree["state"])
+            buffers = {live.plain_name(name): buffer for name, buffer in live.unwrap(item).named_buffers()}
+            parameters = {live.plain_name(name): each for name, each in live.unwrap(item).named_parameters()}
+            for section, here in (("state", mine), ("buffers", buffers), ("grads", parameters)):
+                for name in sorted(here.keys() & part.tree[section].keys()):
+                    node, what = part.tree[section][name], f"gradient of {name}" if section == "grads" else name
+                    if node is not None or section != "grads":
+                        found += _misfits(f"{key}: ", what, here[name], node, partial(form_of, key))
+        elif part.kind == "optimizer":
+            mine = dict.fromkeys(live.numbered(item, names).values())
+            saved_names = dict.fromkeys(name for group in part.tree["param_groups"] for name in group["params"])
+            if classes.get(key, live.class_name(item)) != live.class_name(item):
+                found.append(f"{key}: was of {classes[key]}, is of {live.class_name(item)}")
+            found += _missing(key, mine, saved_names) or _misgrouped(key, item, part.tree, names)
+        elif hasattr(item, "differs_from"):
+            differs = item.differs_from(part.tree) if isinstance(part.tree, dict) else "was no dictionary"
+            found += [f"{key}: {differs}"] if differs else []
+        elif isinstance(item, torch.Tensor):
+            found += _misfits("", key, item, part.tree, partial(form_of, key))
+    return found
+
+
+def _overridden(state: State, parts: Mapping[str, Part]) -> Iterator[str]:
+    """Options of optimizers that the script gives otherwise than they were: what was saved counts."""
+    for key, item in state.items():
+        if not isinstance(item, torch.optim.Optimizer):
+            continue
+        for at, (live_group, saved) in enumerate(zip(item.param_groups, parts[key].tree["param_groups"], strict=False)):
+            scheduled = {"lr"} if "initial_lr" in saved else set()
+            for name in saved.keys() & live_group.keys() - {"params"} - scheduled:
+                now, was = live_group[name], saved[name]
+                if type(now) is type(was) and isinstance(now, int | float) and now != was:
+                    yield f"{name} of {key}, group {at}, is {now} in the script, and goes on as {was}"
+
+
+def _misfits(prefix: str, name: str, value: object, node: Node, form_of: Callable[[Node], Form]) -> Iterator[str]:
+    """What keeps the live tensor of a name from taking what a node stands for."""
+    if not isinstance(value, torch.Tensor) or (name.endswith("_extra_state") and not live.is_tensor(node)):
+        return
+    if not live.is_tensor(node):
+        yield f"{prefix}retyped {name}: was no tensor"
+        return
+    shape, dtype = form_of(node)
+    if shape != tuple(value.shape):
+        yield f"{prefix}reshaped {name}: was {list(shape)}, is {list(value.shape)}"
+    if dtype != value.dtype:
+        was, now = (str(each).removeprefix("torch.") for each in (dtype, value.dtype))
+        yield f"{prefix}retyped {name}: was {was}, is {now}"
+
+
+def _misgrouped(key: str, optimizer: torch.optim.Optimizer, tree: Node, names: dict[int, str]) -> list[str]:
+    """What of the groups can't be matched by the names of their parameters."""
+    by_number = live.numbered(optimizer, names)
+    home = {name: at for at, group in enumerate(tree["param_groups"]) for name in group["params"]}
+    found = []
+    for at, group in enumerate(optimizer.state_dict()["param_groups"]):
+        saved = {home[by_number[number]] for number in group["params"]}
+        if len(saved) > 1:
+            found.append(f"{key}: group {at} holds parameters that were in {len(saved)} groups")
+        elif not saved and at >= len(tree["param_groups"]):
+            found.append(f"{key}: group {at} is empty, and there was none like it")
+    return found
+
+
+def _missing(key: str, mine: Mapping[str, object], saved: Mapping[str, object]) -> list[str]:
+    return [f"{key}: missing {name}: the checkpoint lacks it" for name in mine if name not in saved] + [
+        f"{key}: unexpected {name}: only the checkpoint has it" for name in saved if name not in mine
+    ]
 
 
 def _resharding(shelf: Shelf, state: State, saved_ranks: int, ranks: int) -> str:

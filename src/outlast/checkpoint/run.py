@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from outlast import Passphrase, secret_of
-from outlast.checkpoint import environment, gradients, prove, schedule
+from outlast.checkpoint import environment, gradients, prove, references, schedule
 from outlast.checkpoint import keep as keeping
 from outlast.checkpoint import save as saving
 from outlast.checkpoint import state as live
@@ -35,6 +35,7 @@ from outlast.clock import SYSTEM_CLOCK, Clock
 from outlast.errors import Corrupt, InvalidInput, NotFound, Refused
 from outlast.events import LOG_SINK, Event, EventSink
 from outlast.records import Snapshot
+from outlast.repo.repository import Repository
 
 TERMINATED = 143
 _OPEN: WeakSet[Run] = WeakSet()
@@ -94,8 +95,7 @@ class Run:
         """
         url = os.fspath(url)
         live.check(state)
-        if not isinstance(name, str) or not name.strip() or not name.isprintable():
-            raise InvalidInput(f"name={name!r} can't be the name of a run.")
+        self._name = references.run_name(name)
         self.finished_steps = 0
         self.skipped: list[str] = []
         """checkpoints that `resume` left out, and why"""
@@ -111,7 +111,7 @@ class Run:
         self._policy = schedule.policy(save_every)
         self._tiers = Tiers(url, name, keeping.checked(keep, keep_every, best), secret_of(passphrase), clock, sink)
         self._tiers.disk.delta = delta
-        self._name, self._ranks = name, ranks or Ranks()
+        self._ranks = ranks or Ranks()
         self._trail = Trail()
         self._proof: Proof | None = None
         self._overlap, self._sink, self._clock = overlap, sink, clock
@@ -192,24 +192,28 @@ class Run:
     def _try(self, candidate: Candidate, same_environment: bool) -> _Tried:
         tier, snapshot = self._tiers.find(candidate)
         try:
-            loaded = load(tier.repository, snapshot, self.state, self._ranks.rank, self._ranks.size)
+            return _Tried(self._load(tier.repository, snapshot, same_environment=same_environment))
         except Corrupt as exc:
             return _Tried(damage=exc.message)
-        self._compare(loaded, same_environment)
-        return _Tried(loaded.step)
 
-    def _compare(self, loaded: Loaded, same_environment: bool) -> None:
-        self._life = msgspec.convert(loaded.facts.get("life", {}), _Life)
-        saved: Any = loaded.facts.get("environment", {})
-        differing = environment.differences(saved, environment.fingerprint()) if saved else []
-        if differing and same_environment:
-            raise Refused(
-                f"checkpoint {loaded.snapshot.id[:8]} was saved where things were different:\n  "
-                + "\n  ".join(differing),
-                hint="Make them as they were, or resume without same_environment=True; then bits may differ.",
-            )
+    def _load(self, repository: Repository, snapshot: Snapshot, *, same_environment: bool = False) -> int:
+        differing: list[str] = []
+
+        def check(found: Loaded) -> None:
+            saved: Any = found.facts.get("environment", {})
+            differing.extend(environment.differences(saved, environment.fingerprint()) if saved else [])
+            if differing and same_environment:
+                raise Refused(
+                    f"checkpoint {snapshot.id[:8]} was saved where things were different; nothing was loaded:\n  "
+                    + "\n  ".join(differing),
+                    hint="Make them as they were, or resume without same_environment=True; then bits may differ.",
+                )
+
+        loaded = load(repository, snapshot, self.state, self._ranks.rank, self._ranks.size, check=check)
         for note in [*loaded.notes, *differing] if self._ranks.is_first else []:
             self._sink.event(Event("resume.different", f"resuming at step {loaded.step}: {note}"))
+        self._life = msgspec.convert(loaded.facts.get("life", {}), _Life)
+        return loaded.step
 
     def begin_at(self, step: int) -> int:
         """Go on from this step with the live state as it is; the step. `resume` and `load` say it."""
@@ -243,10 +247,9 @@ class Run:
             raise NotFound(f"run {self._name} has {what}.", hint="`outlast snapshots` lists those that there are.")
         snapshot = found[-1]
         self._is_inside_step = True  # until it is loaded
-        loaded = load(self._tiers.disk.repository, snapshot, self.state, self._ranks.rank, self._ranks.size)
-        self._compare(loaded, same_environment=False)
+        step = self._load(self._tiers.disk.repository, snapshot)
         self._trail.went_on_from(snapshot.id)
-        return self.begin_at(loaded.step)
+        return self.begin_at(step)
 
     def _skip(self, candidate: Candidate, what: str) -> None:
         told = f"checkpoint {candidate.snapshot[:8]} of step {candidate.step} is skipped: {what}"
@@ -370,7 +373,7 @@ class Run:
     # -- saving ----------------------------------------------------------------------------------
 
     def save(self, metrics: Mapping[str, float] = MappingProxyType({}), *, in_memory: bool = False) -> PendingSave:
-        """Begin to save the state as it is now. Waits for a save that is still under way, and raises if that failed.
+        """Begin to save the state as it is now. Waits for a save that is still under way; if that failed, it is told.
 
         `in_memory`: into the memory of this machine, where a later process of this run finds it; a reboot ends it.
         Where the ranks run on several machines, it goes to disk all the same.

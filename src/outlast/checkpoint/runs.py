@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import msgspec
 
-from outlast.checkpoint.references import checkpoints
+from outlast.checkpoint.references import checkpoints, metrics_of
 from outlast.records import Snapshot, time_ns
 from outlast.repo.repository import Repository
-
-_METRIC = "metric."
 
 
 class Metric(msgspec.Struct):
@@ -39,8 +35,8 @@ class RunView(msgspec.Struct):
     """of the last checkpoint, as it would be restored"""
     bytes_stored: int
     """what all of them added to the repository when they were saved"""
-    crashes: int
-    """how often the run went on from a checkpoint, and saved no later one"""
+    retries: int
+    """how often the run was started again from a checkpoint since it last saved; what runs now counts"""
     host: str = ""
     metrics: dict[str, Metric] = {}
 
@@ -66,7 +62,7 @@ def _view(repository: Repository, name: str, mine: list[tuple[int, Snapshot]]) -
         age_seconds=max(0.0, (repository.clock.now_ns() - time_ns(last.time)) / 1e9),
         bytes=last.bytes,
         bytes_stored=sum(each.bytes_stored for _, each in mine),
-        crashes=sum(len(repository.state.resumed.get(each.id, [])) for _, each in mine),
+        retries=sum(len(repository.state.resumed.get(each.id, [])) for _, each in mine),
         host=last.host,
         metrics=_metrics(mine),
     )
@@ -84,17 +80,4 @@ def _metrics(mine: list[tuple[int, Snapshot]]) -> dict[str, Metric]:
                 metric.lowest, metric.lowest_step = value, step
             if metric.highest is None or value > metric.highest:
                 metric.highest, metric.highest_step = value, step
-    return found
-
-
-def metrics_of(snapshot: Snapshot) -> dict[str, float | None]:
-    """Those that were given with its step. None for what is no finite number."""
-    found: dict[str, float | None] = {}
-    for tag, told in snapshot.tags.items():
-        if tag.startswith(_METRIC):
-            try:
-                value = float(told)
-            except ValueError:
-                value = math.nan
-            found[tag.removeprefix(_METRIC)] = value if math.isfinite(value) else None
     return found

@@ -20,20 +20,29 @@ import msgspec
 import numpy as np
 import torch
 
-from outlast.checkpoint.leaves import Leaf, Leaves, Region, local, private_memory, rebuild, region_of
-from outlast.checkpoint.state_file import RNG
-from outlast.checkpoint.tree import Node, Path, TakeTensor, decode, encode, shown
-from outlast.errors import Corrupt, InvalidInput, Refused
+from outlast.checkpoint.leaves import (
+    Form,
+    Leaf,
+    Leaves,
+    Region,
+    is_spread,
+    local,
+    private_memory,
+    rebuild,
+    region_of,
+)
+from outlast.checkpoint.state_file import KEY, RNG
+from outlast.checkpoint.tree import Node, Path, TakeTensor, decode, encode, shown, writable
+from outlast.errors import Corrupt, InvalidInput, OutlastError, Refused
 
-_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 _RESERVED = {RNG, "state"}
 _LAZY_BYTES_MIN = 1 << 20
 _WRAPPED = re.compile(r"(^|\.)_orig_mod(?=\.|$)")
 
 State = Mapping[str, Any]
 Give = Callable[[Node], torch.Tensor]
-ShapeOf = Callable[[str, Node], tuple[int, ...] | None]
-"""of a key and the node of a tensor: its shape, that of all ranks together where it is sharded"""
+FormOf = Callable[[str, Node], Form]
+"""of a key and the node of a tensor: its shape, that of all ranks together where it is sharded, and its type"""
 
 
 class Part(msgspec.Struct):
@@ -50,7 +59,7 @@ def check(state: State) -> None:
     if not isinstance(state, Mapping) or not state:
         raise InvalidInput('a state is a dictionary such as {"model": model, "optimizer": optimizer}.')
     for key in state:
-        if not isinstance(key, str) or not _KEY.fullmatch(key) or key in _RESERVED:
+        if not isinstance(key, str) or not KEY.fullmatch(key) or key in _RESERVED:
             raise InvalidInput(f"{key!r} can't be a key of the state: letters, digits, _ and -, and not {_RESERVED}.")
 
 
@@ -188,10 +197,18 @@ def _module(module: torch.nn.Module, key: str, leaves: Leaves, more: Leaves, acc
         name = plain_name(name)
         if name in tree["state"]:
             raise Refused(f"two tensors of {key} are called {name}; nothing was saved.")
+        writable(name, (key, name))
+        if isinstance(value, torch.Tensor) and is_spread(local(value)):
+            raise Refused(
+                f"{shown((key, name))} is an expanded tensor, whose elements share memory: no module loads what is "
+                "saved of it; nothing was saved.",
+                hint="Register a copy, `.clone()` of it, or leave it out of the state dict with persistent=False.",
+            )
         take = leaves.take if isinstance(value, torch.Tensor) else None
         tree["state"][name] = take(name, value) if take else encode(value, (key, name), named_by_path(more))
     for name, buffer in module.named_buffers():
         if plain_name(name) not in tree["state"]:
+            writable(name, (key, name))
             tree["buffers"][plain_name(name)] = more.take(f"buffer.{plain_name(name)}", buffer)
     for name, parameter in module.named_parameters():
         if parameter.grad is None:
@@ -206,7 +223,7 @@ def _module(module: torch.nn.Module, key: str, leaves: Leaves, more: Leaves, acc
 def _named(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Any]:
     """Its state dictionary with names of parameters in place of numbers, so that their order doesn't matter."""
     found = optimizer.state_dict()
-    by_number = _numbered(optimizer, names)
+    by_number = numbered(optimizer, names)
     return found | {
         "state": {by_number[number]: values for number, values in found["state"].items()},
         "param_groups": [
@@ -215,7 +232,7 @@ def _named(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str,
     }
 
 
-def _numbered(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[int, str]:
+def numbered(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[int, str]:
     """The numbers that its state dictionary gives to parameters -> their names."""
     by_number: dict[int, str] = {}
     number = 0
@@ -268,7 +285,7 @@ def destinations(state: State, parts: Mapping[str, Part]) -> dict[str, dict[str,
     return found
 
 
-def regions(state: State, parts: Mapping[str, Part], shape_of: ShapeOf) -> dict[str, dict[str, Region]]:
+def regions(state: State, parts: Mapping[str, Part], form_of: FormOf) -> dict[str, dict[str, Region]]:
     """key -> name of a leaf -> what this rank is to hold of it, for all that has the shape of a parameter or buffer."""
     found: dict[str, dict[str, Region]] = {}
     names = parameter_names(state)
@@ -288,7 +305,8 @@ def regions(state: State, parts: Mapping[str, Part], shape_of: ShapeOf) -> dict[
         else:
             pairs = []
         for node, owner in pairs:
-            if is_tensor(node) and shape_of(key, node) == tuple(owner.shape):
+            # Complex ones are stored with a dimension more, and never sharded.
+            if is_tensor(node) and not node.get("complex") and form_of(key, node).shape == tuple(owner.shape):
                 mine[node["name"]] = region_of(node["name"], owner) or Region((0,) * owner.dim(), tuple(owner.shape))
     return found
 
@@ -320,66 +338,13 @@ def _tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def _owners(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, torch.Tensor]:
     """Name -> parameter, of those that an optimizer changes."""
-    by_number = _numbered(optimizer, names)
+    by_number = numbered(optimizer, names)
     parameters = dict.fromkeys(each for group in optimizer.param_groups for each in group["params"])
     return {by_number[number]: parameter for number, parameter in enumerate(parameters)}
 
 
 def class_name(item: object) -> str:
     return type(item).__qualname__
-
-
-def mismatches(state: State, parts: Mapping[str, Part], shape_of: ShapeOf, classes: Mapping[str, str]) -> list[str]:
-    """What keeps saved parts from being given back, a line each: kinds, and names and shapes of tensors."""
-    found = []
-    names = parameter_names(state)
-    for key, item in state.items():
-        part = parts[key]
-        if part.kind != kind_of(item):
-            found.append(f"{key}: was a {part.kind}, is a {kind_of(item)}")
-        elif part.kind == "module":
-            mine = {plain_name(name): value for name, value in unwrap(item).state_dict(keep_vars=True).items()}
-            found += _missing(key, mine, part.tree["state"])
-            buffers = {plain_name(name): buffer for name, buffer in unwrap(item).named_buffers()}
-            here = [(mine[name], part.tree["state"][name], name) for name in mine.keys() & part.tree["state"].keys()]
-            here += [(buffers[name], node, name) for name, node in part.tree["buffers"].items() if name in buffers]
-            for value, node, name in sorted(here, key=lambda each: each[2]):
-                shape = shape_of(key, node) if is_tensor(node) else None
-                if isinstance(value, torch.Tensor) and shape is not None and shape != tuple(value.shape):
-                    found.append(f"{key}: reshaped {name}: was {list(shape)}, is {list(value.shape)}")
-        elif part.kind == "optimizer":
-            mine = dict.fromkeys(_numbered(item, names).values())
-            saved_names = dict.fromkeys(name for group in part.tree["param_groups"] for name in group["params"])
-            if classes.get(key, class_name(item)) != class_name(item):
-                found.append(f"{key}: was of {classes[key]}, is of {class_name(item)}")
-            found += _missing(key, mine, saved_names) or _misgrouped(key, item, part.tree, names)
-        elif hasattr(item, "differs_from") and (differs := item.differs_from(part.tree)):
-            found.append(f"{key}: {differs}")
-        elif isinstance(item, torch.Tensor) and is_tensor(part.tree):
-            shape = shape_of(key, part.tree)
-            if shape != tuple(item.shape):
-                found.append(f"{key}: reshaped: was {list(shape or ())}, is {list(item.shape)}")
-    return found
-
-
-def _misgrouped(key: str, optimizer: torch.optim.Optimizer, tree: Node, names: dict[int, str]) -> list[str]:
-    """What of the groups can't be matched by the names of their parameters."""
-    by_number = _numbered(optimizer, names)
-    home = {name: at for at, group in enumerate(tree["param_groups"]) for name in group["params"]}
-    found = []
-    for at, group in enumerate(optimizer.state_dict()["param_groups"]):
-        saved = {home[by_number[number]] for number in group["params"]}
-        if len(saved) > 1:
-            found.append(f"{key}: group {at} holds parameters that were in {len(saved)} groups")
-        elif not saved and at >= len(tree["param_groups"]):
-            found.append(f"{key}: group {at} is empty, and there was none like it")
-    return found
-
-
-def _missing(key: str, mine: Mapping[str, object], saved: Mapping[str, object]) -> list[str]:
-    return [f"{key}: missing {name}: the checkpoint lacks it" for name in mine if name not in saved] + [
-        f"{key}: unexpected {name}: only the checkpoint has it" for name in saved if name not in mine
-    ]
 
 
 def give_back(
@@ -391,24 +356,48 @@ def give_back(
     """Load every part into its live object, in an order that depends on nothing: random numbers come last."""
     names = parameter_names(state)
     for key, item in sorted(state.items(), key=lambda each: _ORDER.index(kind_of(each[1]))):
-        part = parts[key]
+        part, owned = parts[key], regions.get(key, {})
 
         def give(node: Node, key: str = key) -> torch.Tensor:
-            return _at_home(node, rebuild(node, tensors[key][node["name"]]))
+            return _at_home(node, _stored(tensors, key, node))
 
-        match part.kind:
-            case "module":
-                _give_to_module(unwrap(item), part.tree, give, regions.get(key, {}))
-            case "optimizer":
-                _give_to_optimizer(item, _of_owners(part.tree, give, _owners(item, names), regions.get(key, {})), names)
-            case "generator":
-                _give_to_generator(item, decode(part.tree, give))
-            case "stateful":
-                item.load_state_dict(decode(part.tree, give))
-            case "value":
-                _give_to_value(item, decode(part.tree, give), key)
+        try:
+            if part.kind == "module":
+                _give_to_module(unwrap(item), key, part.tree, give, owned)
+            elif part.kind == "optimizer":
+                _give_to_optimizer(item, _of_owners(key, part.tree, give, _owners(item, names), owned), names)
+            else:
+                _give_to_other(item, part.kind, decode(part.tree, give, (key,)), key)
+        except OutlastError:
+            raise
+        except _UNTAKEN as exc:
+            raise Refused(
+                f"state[{key!r}], a {class_name(item)}, does not take what was saved of it: "
+                f"{type(exc).__name__}: {exc}. The state is now a mixture, not to be trained with.",
+                hint="The checkpoint was saved by other code, or was made up; load another one.",
+            ) from exc
     if RNG in parts:
-        give_random_state(decode(parts[RNG].tree, lambda node: rebuild(node, tensors[RNG][node["name"]])))
+        give_random_state(decode(parts[RNG].tree, lambda node: _stored(tensors, RNG, node), (RNG,)))
+
+
+# What methods of live objects raise, those of torch, of numpy and of users, that get a state of another form.
+_UNTAKEN = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def _stored(tensors: Mapping[str, Mapping[str, torch.Tensor]], key: str, node: Node) -> torch.Tensor:
+    found = tensors[key].get(node["name"])
+    if found is None:
+        raise Corrupt(f"the files of {key} lack the tensor {node['name']}.")
+    return rebuild(node, found)
+
+
+def _give_to_other(item: Any, kind: str, saved: Any, key: str) -> None:
+    if kind == "generator":
+        _give_to_generator(item, saved)
+    elif kind == "stateful":
+        item.load_state_dict(saved)
+    else:
+        _give_to_value(item, saved, key)
 
 
 _ORDER = ["module", "optimizer", "stateful", "value", "generator"]
@@ -416,24 +405,24 @@ _ORDER = ["module", "optimizer", "stateful", "value", "generator"]
 
 def _at_home(node: Node, tensor: torch.Tensor) -> torch.Tensor:
     """On the device that it was on, where there is one like it."""
-    device = torch.device(node.get("device", "cpu"))
-    if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
-        return tensor.to(device)
+    kind, _, index = node.get("device", "cpu").partition(":")
+    if kind == "cuda" and int(index or 0) < torch.cuda.device_count():
+        return tensor.to(f"cuda:{int(index or 0)}")
     return tensor
 
 
-def _give_to_module(module: torch.nn.Module, tree: Node, give: Give, regions: Mapping[str, Region]) -> None:
+def _give_to_module(module: torch.nn.Module, key: str, tree: Node, give: Give, regions: Mapping[str, Region]) -> None:
     live = {plain_name(name): (name, value) for name, value in module.state_dict(keep_vars=True).items()}
 
     def decoded(plain: str, node: Node) -> Any:
-        return _like(live[plain][1], give, regions, node) if is_tensor(node) else decode(node, give)
+        return _like(live[plain][1], give, regions, node) if is_tensor(node) else decode(node, give, (key, plain))
 
     # Through its own method, for hooks and extra state. What was filled in place already is copied onto itself.
     module.load_state_dict({live[plain][0]: decoded(plain, node) for plain, node in tree["state"].items()})
     with torch.no_grad():
         for name, buffer in module.named_buffers():
             if plain_name(name) in tree["buffers"]:
-                buffer.copy_(give(tree["buffers"][plain_name(name)]))
+                _fill(buffer, give(tree["buffers"][plain_name(name)]))
         for name, parameter in module.named_parameters():
             node = tree["grads"].get(plain_name(name), "absent")
             if node == "absent":
@@ -442,6 +431,18 @@ def _give_to_module(module: torch.nn.Module, tree: Node, give: Give, regions: Ma
                 parameter.grad = _zeros_like(parameter)
                 if node is not None:
                     parameter.grad.copy_(_like(parameter, give, regions, node))
+
+
+def _fill(live: torch.Tensor, saved: torch.Tensor) -> None:
+    """In place; of an expanded tensor each element once. Raises `Refused` where it can't hold what was saved."""
+    if not is_spread(live):
+        live.copy_(saved)
+        return
+    once = tuple(slice(None, 1) if stride == 0 else slice(None) for stride in live.stride())
+    same = saved[once].expand(saved.shape)
+    if not torch.equal(*(each.contiguous().view(torch.uint8) for each in (same, saved))):
+        raise Refused("an expanded tensor of the state can't hold what was saved: its elements share memory.")
+    live[once].copy_(saved[once])
 
 
 def _zeros_like(parameter: torch.Tensor) -> torch.Tensor:
@@ -453,12 +454,13 @@ def _zeros_like(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _of_owners(
-    tree: Node, give: Give, owners: Mapping[str, torch.Tensor], regions: Mapping[str, Region]
+    key: str, tree: Node, give: Give, owners: Mapping[str, torch.Tensor], regions: Mapping[str, Region]
 ) -> dict[str, Any]:
     """The state of an optimizer, in which what has the shape of a sharded parameter is sharded like it."""
-    found: dict[str, Any] = decode({name: node for name, node in tree.items() if name != "state"}, give)
+    found: dict[str, Any] = decode({name: node for name, node in tree.items() if name != "state"}, give, (key,))
     found["state"] = {
-        name: decode(values, partial(_like, owners.get(name), give, regions)) for name, values in tree["state"].items()
+        name: decode(values, partial(_like, owners.get(name), give, regions), (key, name))
+        for name, values in tree["state"].items()
     }
     return found
 
@@ -477,7 +479,7 @@ def _like(owner: torch.Tensor | None, give: Give, regions: Mapping[str, Region],
 
 
 def _give_to_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: dict[int, str]) -> None:
-    by_number = _numbered(optimizer, names)
+    by_number = numbered(optimizer, names)
     numbers = {name: number for number, name in by_number.items()}
     groups = []
     for live, group in zip(optimizer.state_dict()["param_groups"], _matched(optimizer, saved, by_number), strict=True):
@@ -511,18 +513,26 @@ def _give_to_generator(item: Any, saved: Any) -> None:
     if isinstance(item, torch.Generator):
         item.set_state(saved)
     elif isinstance(item, np.random.Generator):
-        item.bit_generator.state = saved
+        item.bit_generator.state = _within(saved)
     elif isinstance(item, random.Random):
         item.setstate(saved)
     else:
-        item.set_state(saved)
+        item.set_state(_within(saved))
+
+
+def _within(saved: Any) -> Any:
+    """The state of a generator of numpy, which believes where in its memory to read on. Raises `ValueError`."""
+    for place, end in ((saved["state"].get("pos"), 624), (saved.get("buffer_pos"), 4)):
+        if place is not None and not 0 <= place <= end:
+            raise ValueError(f"it is at {place} of {end} numbers")
+    return saved
 
 
 def _give_to_value(live: Any, saved: Any, path: str) -> None:
     """In place, for others hold the same objects."""
     if isinstance(live, torch.Tensor) and isinstance(saved, torch.Tensor):
         with torch.no_grad():
-            live.copy_(saved)
+            _fill(live, saved)
     elif isinstance(live, dict) and isinstance(saved, dict):
         for key in [key for key in live if key not in saved]:
             del live[key]
@@ -563,10 +573,10 @@ def give_random_state(saved: dict[str, Any]) -> None:
     """Raises `Corrupt` for a state that a generator doesn't take."""
     try:
         random.setstate(saved["python"])
-        np.random.set_state(saved["numpy"])
+        np.random.set_state(_within(saved["numpy"]))
         torch.set_rng_state(saved["torch"])
         if torch.cuda.is_available():
             for device, state in enumerate(saved["cuda"][: torch.cuda.device_count()]):
                 torch.cuda.set_rng_state(state, device)
-    except (KeyError, TypeError, ValueError, RuntimeError) as exc:
+    except _UNTAKEN as exc:
         raise Corrupt(f"the state of the random number generators can't be restored: {exc}.") from exc

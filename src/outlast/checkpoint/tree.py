@@ -5,7 +5,7 @@ for bit), text, lists, and objects for dictionaries whose keys are text. Everyth
 key `$`, which names its kind:
 
     float     v: "nan", "inf" or "-inf"           int     v: decimal digits, beyond 64 bits
-    complex   v: [real, imaginary]                bytes   v: base64
+    complex   v: [real, imaginary]                bytes, bytearray   v: base64
     tuple, set, frozenset, deque   v: list        dict, ordered, counter   v: list of [key, value]
     dtype, device   v: its name                   size    v: list
     scalar    dtype, v: the bytes of a numpy scalar in hex
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from outlast.checkpoint.state_file import DEPTH_MAX, INT_DIGITS_MAX
 from outlast.errors import Corrupt, Refused
 
 Node = Any
@@ -37,21 +39,24 @@ TakeTensor = Callable[[Path, torch.Tensor], Node]
 GiveTensor = Callable[[Node], torch.Tensor]
 
 _INT_MAX = 1 << 63
-_DEPTH_MAX = 100
+_SCALAR = re.compile(r"[<>|=]?[biufc][0-9]{1,2}")
+_DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
 
 
 def encode(value: object, path: Path, take: TakeTensor) -> Node:
     """The JSON form of a value; `take(path, tensor)` gives that of each tensor. Raises `Refused`."""
     if isinstance(value, torch.Tensor):
         return take(path, value)
-    if value is None or type(value) in (bool, str):
+    if value is None or type(value) is bool:
         return value
+    if type(value) is str:
+        return writable(value, path)
     if type(value) is int:
-        return value if -_INT_MAX <= value < _INT_MAX else {"$": "int", "v": str(value)}
+        return value if -_INT_MAX <= value < _INT_MAX else {"$": "int", "v": _digits(value, path)}
     if type(value) is float:
         return value if math.isfinite(value) else {"$": "float", "v": str(value)}
-    if len(path) > _DEPTH_MAX:
-        raise Refused(f"{shown(path)} lies more than {_DEPTH_MAX} levels deep, or holds itself; nothing was saved.")
+    if len(path) > DEPTH_MAX:
+        raise Refused(f"{shown(path)} lies more than {DEPTH_MAX} levels deep, or holds itself; nothing was saved.")
 
     def inner(each: object, where: object) -> Node:
         return encode(each, (*path, where), take)
@@ -60,7 +65,7 @@ def encode(value: object, path: Path, take: TakeTensor) -> Node:
         return [inner(each, at) for at, each in enumerate(values)]
 
     if type(value) is dict and all(type(key) is str and not key.startswith("$") for key in value):
-        return {key: inner(each, key) for key, each in value.items()}
+        return {writable(key, (*path, key)): inner(each, key) for key, each in value.items()}
     if type(value) is list:
         return listed(value)
     pairs = _PAIRS.get(type(value))
@@ -86,7 +91,7 @@ def _encode_other(value: object, path: Path, take: TakeTensor) -> Node:
         case complex() if type(value) is complex:
             return {"$": "complex", "v": [value.real.hex(), value.imag.hex()]}
         case bytes() | bytearray() if type(value) in (bytes, bytearray):
-            return {"$": "bytes", "v": base64.b64encode(value).decode()}
+            return {"$": type(value).__name__, "v": base64.b64encode(value).decode()}
         case torch.dtype():
             return {"$": "dtype", "v": str(value).removeprefix("torch.")}
         case torch.device():
@@ -103,6 +108,30 @@ def _encode_other(value: object, path: Path, take: TakeTensor) -> Node:
     )
 
 
+def writable(text: str, path: Path) -> str:
+    """The text itself. Raises `Refused` for what UTF-8 can't say, such as a file name that was no UTF-8."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise Refused(
+                f"{shown(path)} has a lone surrogate in its text, which JSON can't hold; nothing was saved.",
+                hint="Keep it as bytes: os.fsencode of a file name.",
+            ) from exc
+    return text
+
+
+def _digits(value: int, path: Path) -> str:
+    # Longer text of digits neither Python nor others read without being told to.
+    if value.bit_length() > INT_DIGITS_MAX * 3:
+        raise Refused(
+            f"{shown(path)} is an integer of {value.bit_length():,} bits; at most {INT_DIGITS_MAX * 3:,} can be kept; "
+            "nothing was saved.",
+            hint="Keep it as bytes: value.to_bytes.",
+        )
+    return str(value)
+
+
 def shown(path: Path) -> str:
     """As a person would write it in Python."""
     return f"state{''.join(f'[{key!r}]' for key in path)}"
@@ -115,24 +144,24 @@ def _as_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
     )
 
 
-def decode(node: Node, give: GiveTensor) -> Any:
-    """Undo `encode`. Raises `Corrupt` for what it never writes."""
+def decode(node: Node, give: GiveTensor, path: Path = ()) -> Any:
+    """Undo `encode`, of a tree whose form was looked at. Raises `Corrupt` for what it never writes."""
     if isinstance(node, list):
-        return [decode(each, give) for each in node]
+        return [decode(each, give, (*path, at)) for at, each in enumerate(node)]
     if not isinstance(node, dict):
         return node
     kind = node.get("$")
     if kind is None:
-        return {key: decode(each, give) for key, each in node.items()}
+        return {key: decode(each, give, (*path, key)) for key, each in node.items()}
     if kind == "tensor":
         return give(node)
     try:
-        return _decode_kind(kind, node, give)
-    except (KeyError, TypeError, ValueError, AttributeError) as exc:
-        raise Corrupt(f"the state has a value of kind {kind!r} that can't be read: {exc!r}.") from exc
+        return _decode_kind(kind, node, give, path)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as exc:
+        raise Corrupt(f"{shown(path)}, of kind {kind!r}, can't be read: {exc!r}.") from exc
 
 
-def _decode_kind(kind: str, node: dict[str, Any], give: GiveTensor) -> Any:
+def _decode_kind(kind: str, node: dict[str, Any], give: GiveTensor, path: Path) -> Any:
     value = node["v"]
     match kind:
         case "float":
@@ -143,24 +172,25 @@ def _decode_kind(kind: str, node: dict[str, Any], give: GiveTensor) -> Any:
             return complex(float.fromhex(value[0]), float.fromhex(value[1]))
         case "bytes":
             return base64.b64decode(value, validate=True)
+        case "bytearray":
+            return bytearray(base64.b64decode(value, validate=True))
         case "dtype":
-            dtype = getattr(torch, value)
-            if not isinstance(dtype, torch.dtype):
-                raise TypeError(value)
-            return dtype
+            return _DTYPES[value]
         case "device":
             return torch.device(value)
         case "scalar":
-            return np.frombuffer(bytes.fromhex(value), np.dtype(node["dtype"]))[0]
+            [scalar] = np.frombuffer(bytes.fromhex(value), _numpy_type(node["dtype"]))
+            return scalar
         case "array":
             raw = give(value)
-            return raw.contiguous().numpy().copy().view(np.dtype(node["dtype"])).reshape(raw.shape[:-1])
+            return raw.contiguous().numpy().copy().view(_numpy_type(node["dtype"])).reshape(raw.shape[:-1])
         case "dict" | "ordered" | "counter":
-            pairs = [(decode(key, give), decode(each, give)) for key, each in value]
+            keys = [decode(key, give, (*path, at)) for at, (key, _) in enumerate(value)]
+            pairs = [(key, decode(each, give, (*path, key))) for key, (_, each) in zip(keys, value, strict=True)]
             return {"dict": dict, "ordered": OrderedDict, "counter": Counter}[kind](
                 pairs if kind != "counter" else dict(pairs)
             )
-    values = [decode(each, give) for each in value]
+    values = [decode(each, give, (*path, at)) for at, each in enumerate(value)]
     match kind:
         case "tuple":
             return tuple(values)
@@ -173,3 +203,9 @@ def _decode_kind(kind: str, node: dict[str, Any], give: GiveTensor) -> Any:
         case "size":
             return torch.Size(values)
     raise ValueError("no such kind")
+
+
+def _numpy_type(name: str) -> np.dtype[Any]:
+    if not _SCALAR.fullmatch(name):
+        raise ValueError(f"{name} is no type of plain numbers")
+    return np.dtype(name)

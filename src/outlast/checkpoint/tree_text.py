@@ -116,7 +116,7 @@ def text(node: Node) -> str:
         return _cut("{" + ", ".join(f"{key}: {text(each)}" for key, each in node.items()) + "}")
     if kind == "tensor":
         return f"tensor {node.get('name')}"
-    if kind == "bytes":
+    if kind in ("bytes", "bytearray"):
         return f"{len(str(inner)) * 3 // 4:,} bytes"
     if kind == "scalar":
         try:

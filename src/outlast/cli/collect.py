@@ -19,12 +19,13 @@ from outlast.cli.text import (
     table,
     time_text,
 )
-from outlast.errors import Refused
+from outlast.errors import InvalidInput, Refused
 
 if TYPE_CHECKING:
     from outlast.repo.forget import ForgetPlan, ForgetReport
     from outlast.repo.prune import PrunePlan, PruneReport
     from outlast.repo.prune_plan import Decided
+    from outlast.repo.repository import Repository
     from outlast.repo.retention import Policy
 
 
@@ -45,7 +46,7 @@ def _keep_option(period: str, what: str) -> Callable[[Decorated], Decorated]:
     cls=Argument,
     nargs=-1,
     metavar="[SNAPSHOT]...",
-    help="Forget these: the first characters of an id, or `latest`. Not together with --keep-….",
+    help="Forget these: the first characters of an id, `latest`, RUN@STEP or RUN@loss:max. Not together with --keep-….",
 )
 @click.option("--name", metavar="NAME", help="Look only at snapshots of this name.")
 @click.option("--keep-last", type=click.IntRange(min=0), metavar="N", help="Keep the N that were committed last.")
@@ -80,7 +81,8 @@ def forget(
 
     policy = _policy(counts, keep_within, keep_tag)
     repository = call.repository()
-    planned = plan(repository, name=name, policy=policy, ids=snapshot)
+    ids = [_id_of(repository, each, name) for each in snapshot]
+    planned = plan(repository, name=name, policy=policy, ids=ids)
     _warn_of_unused_tags(call, planned, keep_tag)
     if dry_run:
         refusal = "" if allow_empty else planned.refusal
@@ -91,6 +93,19 @@ def forget(
     done = {"forgotten": report.forgotten, "already_gone": report.already_gone, "entry": report.entry}
     call.result({"dry_run": False, "refused": "", **_document(planned), **done}, _report_lines(planned, report))
     return 0
+
+
+def _id_of(repository: Repository, reference: str, name: str | None) -> str:
+    """Raises `InvalidInput` for a run as a whole: it would be forgotten by its latest checkpoint alone."""
+    from outlast.checkpoint.references import find
+
+    found = find(repository, reference, name)
+    if found.kind == "checkpoint" and reference == found.name:
+        raise InvalidInput(
+            f"{reference} is a run, and which of its checkpoints are meant was not said; nothing was forgotten.",
+            hint=f"Name one, such as {reference}@{found.tags['step']}, or say what to keep by --name {reference}.",
+        )
+    return found.id
 
 
 def _policy(counts: dict[str, int | None], within: str | None, tags: Sequence[str]) -> Policy | None:

@@ -144,21 +144,21 @@ class Call:
         return repository
 
     def snapshot(self, repository: Repository, reference: str, name: str | None = None) -> Snapshot:
-        """The snapshot that the user named: the start of an id, `latest`, or for checkpoints RUN and RUN@STEP.
+        """The snapshot that the user named: the start of an id, `latest`, RUN, RUN@STEP or RUN@METRIC:min|max.
 
         Raises `Corrupt` for the latest where newer ones may be lost.
         """
-        from outlast.checkpoint.references import of_run
+        from outlast.checkpoint.references import find, is_relative
 
         is_latest = reference.strip().lower() == "latest"
-        of_a_run = None if is_latest or name else of_run(repository, reference)
-        if self.warnings and (is_latest or (of_a_run and of_a_run.name == reference)):
+        found = None if is_latest else find(repository, reference, name)
+        if self.warnings and (found is None or is_relative(reference, found)):
             raise Corrupt(
                 f"the log of {repository.store.url} is damaged: {_MAY_LACK}, so `{reference}` can't be told. "
                 "Nothing was changed.",
                 hint="`outlast snapshots` lists those that can be read; name one of them by its id.",
             )
-        return of_a_run or repository.find_snapshot(reference, name)
+        return found or repository.find_snapshot(reference, name)
 
     def result(self, document: dict[str, Any], lines: Iterable[str], *, always: bool = False) -> None:
         """Print the result, in JSON with the warnings if there are any."""

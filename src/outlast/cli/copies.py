@@ -72,7 +72,8 @@ class _Source(Call):
     cls=Argument,
     nargs=-1,
     metavar="[SNAPSHOT]...",
-    help="Copy these: the first characters of an id, or `latest`. Default: all that are not there yet.",
+    help="Copy these: the first characters of an id, `latest`, RUN, RUN@STEP or RUN@loss:min. Default: all that are "
+    "not there yet.",
 )
 @click.option("--from", "source", required=True, metavar="URL", help="The repository to copy from; it is only read.")
 @click.option("--to", "target", metavar="URL", help="The repository to copy to. Default: --repo or OUTLAST_REPO.")

@@ -77,7 +77,7 @@ def _salvage_lines(reports: Sequence[FileReport]) -> Iterator[str]:
     "checkpoint",
     cls=Argument,
     metavar="CHECKPOINT",
-    help="RUN (its latest), RUN@STEP, or the first characters of an id.",
+    help="RUN (its latest), RUN@STEP, RUN@loss:min (the best by a metric), or the first characters of an id.",
 )
 @click.option(
     "--format", "form", required=True, metavar="safetensors|torch|hdf5|dcp", help="What the programs that follow read."
@@ -87,12 +87,11 @@ def export(call: Call, checkpoint: str, form: str, to: str) -> None:
     """Write a checkpoint of a run in a form that other programs read, every byte verified."""
     import msgspec
 
-    repository = call.readable_repository()
     _need_torch()
-    from outlast.checkpoint.export import export as run
-    from outlast.checkpoint.references import find_checkpoint
+    from outlast.checkpoint.export import export_found
 
-    report = run(repository, find_checkpoint(repository, checkpoint), form, to)
+    repository = call.readable_repository()
+    report = export_found(repository, lambda: call.snapshot(repository, checkpoint), form, to)
     call.result(msgspec.to_builtins(report), _export_lines(report))
 
 
@@ -126,6 +125,9 @@ def bring_in(call: Call, path: str, run: str, step: int | None, places: Sequence
     """
     import msgspec
 
+    from outlast.checkpoint.references import run_name
+
+    run_name(run)
     repository = call.repository()
     _need_torch()
     from outlast.checkpoint.import_file import bring_in as store

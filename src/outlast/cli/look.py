@@ -180,8 +180,8 @@ def _tensor_lines(view: FileView, snapshot: Snapshot, limit: int | None) -> Iter
 
 
 @click.command(cls=Command, codes=(10, 12, 20, 21))
-@click.argument("before", cls=Argument, metavar="BEFORE", help="The earlier snapshot, or RUN@STEP.")
-@click.argument("after", cls=Argument, metavar="AFTER", help="The later one, `latest`, RUN or RUN@STEP.")
+@click.argument("before", cls=Argument, metavar="BEFORE", help="The earlier snapshot, RUN@STEP or RUN@loss:min.")
+@click.argument("after", cls=Argument, metavar="AFTER", help="The later one, `latest`, RUN, RUN@STEP or RUN@loss:min.")
 @name_option
 def diff(call: Call, before: str, after: str, name: str | None) -> int:
     """Compare two snapshots: files and tensors added, removed, changed, and by how many bytes.

@@ -36,7 +36,8 @@ snapshot_argument = click.argument(
     "snapshot",
     cls=Argument,
     metavar="SNAPSHOT",
-    help="The first characters of an id, or `latest`; of a training run RUN (its latest) or RUN@STEP.",
+    help="The first characters of an id, or `latest`; of a training run RUN (its latest), RUN@STEP, or the best by a "
+    "metric: RUN@loss:min, RUN@accuracy:max.",
 )
 name_option = click.option("--name", metavar="NAME", help="Take snapshots from those of this name.")
 _tag_option = click.option("--tag", multiple=True, metavar="KEY=VALUE", help="A tag of the snapshot. May be repeated.")

@@ -33,10 +33,10 @@ _METRICS_SHOWN = 3
 
 @click.command(cls=Command, codes=(10, 12, 20, 21))
 def runs(call: Call) -> int:
-    """List the training runs: last step, age, size, metrics, crashes.
+    """List the training runs: last step, age, size, retries, metrics.
 
-    A crash is counted when a run went on from a checkpoint and has saved no later one, the run that is under way now
-    included.
+    RETRIES: how often the run was started again from a checkpoint since it last saved. 0 or 1 is good: 1 is also what
+    a run shows that goes on just now and has not saved yet. More means that it keeps dying before its next save.
     """
     import msgspec
 
@@ -52,7 +52,7 @@ def _run_lines(found: list[RunView]) -> Iterator[str]:
         yield "No runs."
         return
     yield from table(
-        ("RUN", "STEP", "SAVED (UTC)", "AGE", "CHECKPOINTS", "SIZE", "STORED", "CRASHES", "METRICS"),
+        ("RUN", "STEP", "SAVED (UTC)", "AGE", "CHECKPOINTS", "SIZE", "STORED", "RETRIES", "METRICS"),
         (
             (
                 printable(each.name),
@@ -62,12 +62,12 @@ def _run_lines(found: list[RunView]) -> Iterator[str]:
                 f"{each.checkpoints:,}",
                 size_text(each.bytes),
                 size_text(each.bytes_stored),
-                f"{each.crashes:,}",
+                f"{each.retries:,}",
                 "  ".join(_metric_text(*metric) for metric in [*each.metrics.items()][:_METRICS_SHOWN]),
             )
             for each in found
         ),
-        right="STEP AGE CHECKPOINTS SIZE STORED CRASHES",
+        right="STEP AGE CHECKPOINTS SIZE STORED RETRIES",
     )
 
 
@@ -85,7 +85,7 @@ def show_checkpoint(call: Call, snapshot: Snapshot, ranks: list[RankFiles]) -> N
     import msgspec
 
     from outlast.checkpoint.inventory import inventory
-    from outlast.checkpoint.runs import metrics_of
+    from outlast.checkpoint.references import metrics_of
 
     found = inventory(ranks)
     document = snapshot_document(snapshot) | msgspec.to_builtins(found)
