@@ -84,8 +84,8 @@ def test_without_the_wait_the_torn_copy_is_noticed(tmp_path: Path, monkeypatch: 
     state["optimizer"].step()
     run.step()
     has_stepped = threading.Event()
-    copies_later = Staged.copy_later
-    monkeypatch.setattr(Staged, "copy_later", lambda *given: has_stepped.wait() and copies_later(*given))
+    copies_later = Staged._copy_later
+    monkeypatch.setattr(Staged, "_copy_later", lambda *given: has_stepped.wait() and copies_later(*given))
     monkeypatch.setattr(Staged, "hold", lambda self: None)
     pending = run.save()
     state["optimizer"].step()
@@ -94,6 +94,71 @@ def test_without_the_wait_the_torn_copy_is_noticed(tmp_path: Path, monkeypatch: 
         pending.wait()
     assert run.checkpoints() == []
     run.close()  # it was told once
+
+
+@pytest.mark.parametrize("name", ["outlast-stage", "outlast-save"])
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_save_that_is_interrupted_while_it_starts_is_none_or_whole(
+    name: str, has_begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by Ctrl-C in a notebook, which goes on with the same run."""
+    state = made()
+    run = Run(str(tmp_path / "runs"), name="x", state=state, save_every=10**9, keep=100)
+    for _ in range(2):
+        state["optimizer"].step()
+        run.step()
+        run.save().wait()
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if thread.name != name:
+            return start(thread)
+        if has_begun:
+            start(thread)
+        raise KeyboardInterrupt
+
+    put = run._tiers.disk.repository.store.put_if_absent
+    may_end = threading.Event()
+    for _ in range(2):
+        state["optimizer"].step()
+        run.step()
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", interrupted)
+            patched.setattr(
+                run._tiers.disk.repository.store, "put_if_absent", lambda *given: may_end.wait() and put(*given)
+            )
+            with pytest.raises(KeyboardInterrupt):
+                run.save()
+        threading.Timer(0.2, may_end.set).start()
+        state["optimizer"].step()
+        run.step()
+        run.save().wait()
+    run.close()
+    assert {step for step, _ in run.checkpoints()} >= {1, 2, 4, 6}
+    for step, snapshot in run.checkpoints():
+        found = made()
+        assert Run(str(tmp_path / "runs"), name="x", state=found).load(snapshot) == step
+        assert numbers(found) == {float(step)}
+
+
+def test_the_copy_of_a_save_that_failed_is_over_before_the_next_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = made()
+    run = Run(str(tmp_path / "runs"), name="x", state=state, save_every=10**9)
+    state["optimizer"].step()
+    run.step()
+    may_copy, copies_later = threading.Event(), Staged._copy_later
+    with monkeypatch.context() as broken:
+        broken.setattr(Staged, "_copy_later", lambda *given: may_copy.wait() and copies_later(*given))
+        broken.setattr("outlast.checkpoint.save.persist", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.save().wait()
+    threading.Timer(0.2, may_copy.set).start()
+    first = run._stage._last
+    run.save().wait()
+    assert first is not None and first.done and run._stage._last is not first
+    run.close()
 
 
 class Device:

@@ -220,7 +220,7 @@ def packs_of(url: str) -> list[Path]:
 def flip(pack: Path) -> None:
     pack.chmod(0o644)
     content = bytearray(pack.read_bytes())
-    content[5000] ^= 1
+    content[len(content) // 2] ^= 1
     pack.write_bytes(content)
 
 
@@ -434,9 +434,33 @@ def test_a_run_that_is_under_way_is_not_begun_again(url: str) -> None:
     run.resume()
     run.begin_step()
     assert elsewhere() == 7
+    assert Run(url, name="x", state=made()).resume() == 0, "it is the same process"
+    assert elsewhere() == 7
     trained(run, 1)
     run.close()
     assert elsewhere() == 0
+    with pytest.raises(ZeroDivisionError), Run(url, name="x", state=made()) as run:
+        run.resume()
+        run.begin_step()
+        assert elsewhere() == 7
+        raise ZeroDivisionError
+    assert elsewhere() == 0
+
+
+def test_what_verifying_finds_damaged_is_stored_again(url: str) -> None:
+    state = {"frozen": torch.randn(300_000), "count": torch.zeros(())}
+    run = Run(url, name="x", state=state, save_every=10**9)
+    run.resume()
+    run.step()
+    run.save().wait()
+    [pack] = packs_of(url)
+    flip(pack)
+    run.step()
+    with pytest.raises(Corrupt):
+        run.save().wait_verified()
+    run.step()
+    run.save().wait_verified()
+    run.close()
 
 
 def test_a_loader_that_is_iterated_past_the_run_is_told_of(url: str) -> None:
@@ -460,6 +484,12 @@ def test_steps_that_nobody_counts_are_told_of(url: str) -> None:
             if number == 120:
                 run.step()
     assert [each.kind for each in told.events] == ["run.stepless"]
+    told.events.clear()
+    with Run(url, name="y", state=made(), sink=told) as run:
+        for number, _ in enumerate(run.steps([1] * 250, until=2)):
+            if number % 120 == 50:
+                run.step()
+    assert not told.events, "it accumulates"
 
 
 def test_that_a_repository_knows_no_differences_is_told_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,3 +520,39 @@ def test_options_that_the_checkpoint_overrides_are_told(url: str) -> None:
     state["optimizer"].param_groups[0]["lr"] = 0.1
     Run(url, name="y", state=state, sink=told).resume()
     assert not told.events, "a scheduler changes it all the time"
+
+
+def test_a_save_that_is_told_answers_signals_and_raises_what_failed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(url, name="x", state=made())
+    run.resume()
+    run.step(save=True, loss=1.0)
+    run._end_pending(wait=True)
+    with monkeypatch.context() as broken:
+        broken.setattr(save, "persist", lambda *_, **__: 1 / 0)
+        run.step(save=True)
+        with pytest.raises(ZeroDivisionError):
+            run.step(save=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        run.step(save=True)
+    assert {1, 4} <= set(steps_of(run)) <= {1, 3, 4}
+    with pytest.raises(InvalidInput, match="neither True nor False"):
+        Run(url, name="y", state=made()).step(0.5)  # type: ignore[arg-type]
+
+
+def test_what_did_not_change_is_not_hashed_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from outlast.repo.write import Writer
+
+    state = {"": torch.zeros(50), "frozen": torch.randn(100_000), "count": torch.zeros(3)}
+    run = Run(url, name="x", state={"parts": state}, save_every=10**9, keep=9)
+    hashed: list[int] = []
+    identify = Writer.identify
+    monkeypatch.setattr(Writer, "identify", lambda writer, data: hashed.append(len(data)) or identify(writer, data))
+    for number in range(1, 4):
+        state["count"].fill_(number)
+        run.step()
+        run.save().wait_verified()
+    assert hashed.count(400_000) == 1
+    for step, snapshot in run.checkpoints():
+        run.load(snapshot)
+        assert state["count"].tolist() == [step] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections import deque
@@ -240,6 +241,9 @@ def _read(shelves: Any, key: str, node: Node) -> torch.Tensor:
     if "global" not in node:
         return shelf.read(stored)
     shape = tuple(node["global"]["shape"])
+    blocks = {each.region(key, node["name"]) for each in shelves if node["name"] in each.tensors(key)}
+    if sum(math.prod(block.shape) for block in blocks) != math.prod(shape):
+        raise Corrupt(f"{node['name']} of {key} is stored in parts that don't make up the whole tensor.")
     whole = torch.empty(shape, dtype=stored.dtype)
     loading.put_together(shelves, key, node["name"], whole, Region((0,) * len(shape), shape))
     return whole

@@ -213,8 +213,8 @@ class Stretch(NamedTuple):
     item_bytes: int
     is_cut: bool
     """it has still to be cut by content; otherwise it is one chunk"""
-    leaf: str = ""
-    """whose bytes from `offset` on these are; "" where they are of several, or of none"""
+    leaf: str | None = None
+    """whose bytes from `offset` on these are; None where they are of several, or of none"""
     offset: int = 0
 
 
@@ -238,7 +238,8 @@ class TensorFile:
         for leaf in reversed(rest):
             spans.append(Span(at, leaf.nbytes, item_bytes(leaf.dtype)))
             at += leaf.nbytes
-        name, start, run = "", 0, memoryview(self.header)
+        name: str | None = None
+        start, run = 0, memoryview(self.header)
         for piece in pieces(self.size, spans, (), chunking):
             parts: list[memoryview] = []
             at, end = piece.offset, piece.offset + piece.length

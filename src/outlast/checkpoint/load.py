@@ -327,9 +327,13 @@ def _same(mine: torch.Tensor, shelf: Shelf, key: str, name: str) -> bool:
     )  # fmt: skip
 
 
+def _overlap(a: Region, b: Region) -> bool:
+    return all(max(x, y) < min(x + m, y + n) for x, m, y, n in zip(*a, *b, strict=True))
+
+
 def put_together(shelves: Shelves, key: str, name: str, target: torch.Tensor, wanted: Region) -> None:
-    """Fill the wanted region from the regions that ranks stored. Raises `Corrupt` where they don't cover it."""
-    covered: set[tuple[int, ...]] = set()
+    """Fill the wanted region from the regions that ranks stored. Raises `Corrupt` where they don't make it up."""
+    covered: dict[tuple[int, ...], Region] = {}
     filled = 0
     for shelf in shelves:
         if name not in shelf.tensors(key):
@@ -339,7 +343,9 @@ def put_together(shelves: Shelves, key: str, name: str, target: torch.Tensor, wa
         high = [min(a + m, b + n) for a, m, b, n in zip(*have, *wanted, strict=True)]
         if any(a >= b for a, b in zip(low, high, strict=True)) or have.offset in covered:
             continue
-        covered.add(have.offset)  # the same region on several ranks is the same replica
+        if any(_overlap(have, other) for other in covered.values()):
+            raise Corrupt(f"{name} of {key} is stored in parts that overlap.")
+        covered[have.offset] = have  # the same region on several ranks is the same replica
         source = shelf.read(shelf.tensors(key)[name])
         into = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, wanted.offset, strict=True))
         out_of = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, have.offset, strict=True))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
+from outlast.checkpoint.background import Background
 from outlast.checkpoint.stage import Staged
-from outlast.errors import Busy
+from outlast.errors import Busy, Refused
 from outlast.records import Snapshot
 
 
@@ -33,10 +35,12 @@ class PendingSave:
         self._done = threading.Event()
         self._error: BaseException | None = None
         self._was_raised = False
+        self._background: Background | None = None
 
     @property
     def done(self) -> bool:
         """Durable, and older ones dropped; or failed."""
+        self._settle()
         return self._done.is_set()
 
     def wait_staged(self) -> None:
@@ -45,6 +49,7 @@ class PendingSave:
 
     def wait_done(self) -> None:
         """Until it is over, well or not."""
+        self._settle()
         self._done.wait()
 
     def wait(self, timeout_seconds: float | None = None) -> Snapshot:
@@ -74,8 +79,23 @@ class PendingSave:
             self._was_raised = True
             raise self._error
 
+    def start(self, persist: Callable[[], Snapshot], then: Callable[[], None]) -> None:
+        """Save, in a thread. `then`: what is left to do when it is durable."""
+        self._background = Background(partial(self.run, persist, then), self._lose, name="outlast-save", daemon=False)
+        self._background.start()
+
+    def _settle(self) -> None:
+        if self._background is not None:
+            self._background.settle()
+
+    def _lose(self) -> None:
+        self._was_raised = True  # by what interrupted it
+        self._error = Refused(f"the save of step {self.step} was interrupted before it began; nothing was saved.")
+        self._durable.set()
+        self._done.set()
+
     def run(self, persist: Callable[[], Snapshot], then: Callable[[], None]) -> None:
-        """In the thread that saves. `then`: what is left to do when it is durable."""
+        """Save, in this thread."""
         try:
             self.snapshot = persist()
             self._durable.set()

@@ -58,7 +58,7 @@ def of_data(repository: Repository, data: bytes | memoryview, item_bytes: int = 
 
 def of_tensors(repository: Repository, file: TensorFile, content: Callable[[str], LeafBytes]) -> Iterator[Piece]:
     """`content` is asked for a leaf when it is reached."""
-    known: dict[str, Ids] = {}
+    known: dict[str | None, Ids] = {}
 
     def data(name: str) -> memoryview:
         found, known[name] = content(name)
@@ -73,13 +73,15 @@ def of_tensors(repository: Repository, file: TensorFile, content: Callable[[str]
             yield Piece(each.data, each.item_bytes, ids.get(place, b""), partial(ids.__setitem__, place))
 
 
-def identified(writer: Writer, pool: ThreadPoolExecutor, pieces: Iterable[Piece]) -> Iterator[Piece]:
+def identified(writer: Writer, pool: ThreadPoolExecutor, pieces: Iterable[Piece]) -> list[Piece]:
     """With their ids."""
 
     def identify(piece: Piece) -> Piece:
-        return piece._replace(id=piece.id or writer.identify(piece.data))
+        chunk = piece.id or writer.identify(piece.data)
+        piece.learn(chunk)
+        return piece._replace(id=chunk)
 
-    yield from [made.result() for made in [pool.submit(identify, piece) for piece in pieces]]
+    return [made.result() for made in [pool.submit(identify, piece) for piece in pieces]]
 
 
 def store(

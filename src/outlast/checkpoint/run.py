@@ -116,7 +116,6 @@ class Run:
         self._proof: Proof | None = None
         self._overlap, self._sink, self._clock = overlap, sink, clock
         self._stage = Stage()
-        self._staged: Staged | None = None
         self._pending: PendingSave | None = None
         self._signals = Signals(self._on_uncaught)
         self._is_inside_step = False
@@ -137,10 +136,7 @@ class Run:
     def _hooked(self, optimizer: torch.optim.Optimizer) -> Iterator[Any]:
         def before(*_: object) -> None:
             self.begin_step()
-            staged = self._staged
-            if staged is not None:
-                staged.hold()
-                self._staged = None
+            self._stage.hold()
 
         yield optimizer.register_step_pre_hook(before)
         yield optimizer.register_step_post_hook(lambda *_: gradients.use_up(optimizer))
@@ -249,6 +245,7 @@ class Run:
         self._is_inside_step = True  # until it is loaded
         step = self._load(self._tiers.disk.repository, snapshot)
         self._trail.went_on_from(snapshot.id)
+        self._unnoted = step, None
         return self.begin_at(step)
 
     def _skip(self, candidate: Candidate, what: str) -> None:
@@ -262,7 +259,7 @@ class Run:
     def steps(self, loader: Any, *, until: int) -> Iterator[tuple[int, Any]]:
         """(step, batch) from where the run is, epoch after epoch."""
         feed = self._feeds.get(id(loader), loader)
-        given, last = 0, self.finished_steps
+        given = 0
         while self.finished_steps < until:
             empty = True
             for batch in self._batches(feed):
@@ -271,10 +268,10 @@ class Run:
                 if self._trail.wants:
                     self._trail.see(batch)
                 yield self.finished_steps, batch
-                given, last = given + 1 if last == self.finished_steps else 0, self.finished_steps
-                if given == _STEPLESS_BATCHES:
+                given += 1
+                if given == _STEPLESS_BATCHES and self.finished_steps == self._first_step:
                     told = (
-                        f"{given} batches were given out since run.step() was last called: nothing is saved without it"
+                        f"{given} batches were given out and run.step() was never called; nothing is saved without it"
                     )
                     self._sink.event(Event("run.stepless", told))
                 if self.finished_steps >= until:
@@ -302,21 +299,22 @@ class Run:
             step, candidate = self._unnoted
             self._unnoted = None
             if self._ranks.is_first:
+                if self._pending is not None:
+                    self._pending.wait_done()  # a repository is for one thread
                 self._tiers.begin(step, candidate)
 
-    def step(self, save: bool = False, /, **metrics: float) -> None:
+    def step(self, save: bool = False, **metrics: float) -> None:
         """Say that a step is complete, at the end of each iteration. Saves when due or told to, and answers signals.
 
-        Raises what made a save in the background fail, once; `SystemExit` with 143 after SIGTERM, and
-        `KeyboardInterrupt` after SIGINT, when the state is saved.
+        What one rank is told with `save`, all are to be told. Raises what made a save in the background fail, once;
+        `SystemExit` with 143 after SIGTERM, and `KeyboardInterrupt` after SIGINT, when the state is saved.
         """
+        if save is not True and save is not False:
+            raise InvalidInput(f"run.step(save={save!r}) is neither True nor False; metrics have names, as in loss=...")
         self.finished_steps += 1
         self._tiers.marker.steps[1] = self.finished_steps
         self._metrics = metrics
         self._is_inside_step = False
-        if save:
-            self._save(metrics)
-            return
         now = self._clock.monotonic_seconds()
         took, self._last = now - self._last, now
         pending = self._pending
@@ -325,14 +323,14 @@ class Run:
         elif took > self._step_seconds:
             pending.cost_seconds += took - self._step_seconds
         if self._ranks.size > 1:
-            if self.finished_steps >= self._meet_step:
-                self._meet(now, metrics)
+            if save or self.finished_steps >= self._meet_step:
+                self._meet(now, metrics, save)
             return
         is_due = self.finished_steps >= self._due_step or now >= self._due_seconds
-        if self._signals.asked or (pending.done if pending is not None else is_due):
-            self._attend(self._signals.take(), pending is not None and pending.done, is_due, metrics)
+        if save or self._signals.asked or (pending.done if pending is not None else is_due):
+            self._attend(self._signals.take(), pending is not None and pending.done, is_due, metrics, save)
 
-    def _meet(self, now: float, metrics: Mapping[str, float]) -> None:
+    def _meet(self, now: float, metrics: Mapping[str, float], save: bool) -> None:
         """All ranks tell each other, and come to the same decision."""
         pending = self._pending
         told = schedule.Told(
@@ -347,10 +345,12 @@ class Run:
         numbers = self._ranks.main.numbers([float(each) for each in msgspec.structs.astuple(told)])
         decision = schedule.decide([schedule.Told(int(a), bool(b), bool(c), d, e) for a, b, c, d, e in numbers])
         self._meet_step = self.finished_steps + decision.meet_in_steps
-        self._attend(decision.signal, decision.may_collect, decision.is_due, metrics)
+        self._attend(decision.signal, decision.may_collect, decision.is_due, metrics, save)
 
-    def _attend(self, asked: int, may_collect: bool, is_due: bool, metrics: Mapping[str, float]) -> None:
-        error = self._end_pending() if may_collect else None
+    def _attend(self, asked: int, may_collect: bool, is_due: bool, metrics: Mapping[str, float], save: bool) -> None:
+        error = self._end_pending(wait=save) if may_collect or save else None
+        if save and (not asked or asked == signal.SIGUSR1):
+            self._save(metrics)
         if asked:
             self._tell(error)
             self._answer(asked, metrics)
@@ -397,7 +397,6 @@ class Run:
             refused = exc
             if self._ranks.size == 1:
                 raise
-        self._staged = None if staged.done else staged
         facts = {**self._facts_of(began), "since": self._trail.facts(asked=asked)}
         step = self.finished_steps
         tier = self._tiers.memory if in_memory else self._tiers.disk
@@ -425,11 +424,12 @@ class Run:
                 self._tiers.drop(in_memory=in_memory)
 
         self._tell_of_unread()
-        threading.Thread(target=pending.run, args=(persist, drop), name="outlast-save").start()
+        self._pending = pending  # before it starts: what interrupts that finds it
+        pending.start(persist, drop)
         if refused is not None:
             pending.wait_done()  # the other ranks are told
+            self._pending = None
             raise refused
-        self._pending = pending
         if not in_memory:
             self._trail.saving()
         self._last = self._saved_at = self._clock.monotonic_seconds()
@@ -512,9 +512,12 @@ class Run:
             self._let_go()
         if asked == signal.SIGTERM:  # after the last step
             raise SystemExit(TERMINATED)
+        if asked == signal.SIGINT:
+            raise KeyboardInterrupt
 
     def _let_go(self) -> None:
         self._signals.stop()
+        self._tiers.marker.let_go()
         _OPEN.discard(self)
         self._ranks.close()
         for hook in self._hooks:
@@ -583,5 +586,14 @@ def _end_open() -> None:
 
 # Before thread pools refuse work, which is earlier than what `atexit` knows calls its functions.
 threading._register_atexit(_end_open)  # type: ignore[attr-defined]
-# A worker of a loader that was forked in mid-save has no thread that ends it, and would wait for ever.
-os.register_at_fork(after_in_child=_OPEN.clear)
+
+
+def _forget_open() -> None:
+    """A forked process, such as a worker of a loader, has none of the threads that save: it would wait for ever."""
+    for run in _OPEN:
+        run._pending = run._unnoted = None
+        run._stage.forget()
+    _OPEN.clear()
+
+
+os.register_at_fork(after_in_child=_forget_open)

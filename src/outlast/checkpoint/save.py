@@ -99,7 +99,7 @@ def persist(
                 chunks: list[ChunkRef] = []
                 if ranks.size > 1:
                     for file, some in files.items():
-                        files[file] = list(pieces.identified(writers[0], pool, some))
+                        files[file] = pieces.identified(writers[0], pool, some)
                         chunks += [(piece.id.hex(), len(piece.data)) for piece in files[file]]
                 return _Held(found[0].step, chunks)
 

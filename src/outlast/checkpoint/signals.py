@@ -52,6 +52,7 @@ class Signals:
             os.kill(os.getpid(), number)
             return
         if number == signal.SIGINT and self._was_interrupted:
+            self.asked = 0
             raise KeyboardInterrupt
         self._was_interrupted |= number == signal.SIGINT
         if not self.asked or SIGNALS.index(number) < SIGNALS.index(self.asked):

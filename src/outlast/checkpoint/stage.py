@@ -8,7 +8,8 @@ Proof that the copy is one instant: the unsteady part is copied within the call,
 that it is given later. Each steady tensor belongs to an optimizer whose hook calls `hold` before its next step:
 then the copy is done, or the device does it first. What changes a steady tensor otherwise, in place, raises the
 version that torch counts for it; versions are compared when the copy is done or held, whichever comes first. Where
-one was raised the copy is thrown away, and the tensor is named.
+one was raised the copy is thrown away, and the tensor is named. Not counted, and so not noticed, are writes through
+`.data` or numpy: who makes them while a copy is under way needs `overlap=False`.
 
 What has not changed since the last save lies in the memory for copies already, and the ids of its chunks are known.
 It is compared with that byte for byte, which costs as much as to copy it, and saves hashing it.
@@ -20,6 +21,7 @@ import ctypes
 import mmap
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 from outlast.checkpoint.accelerator import Accelerator, Cuda
+from outlast.checkpoint.background import Background
 from outlast.checkpoint.leaves import Leaf, private_memory, tensor_bytes
 from outlast.checkpoint.pieces import Ids, LeafBytes
 from outlast.errors import Refused
@@ -56,6 +59,7 @@ class Staged:
         self._host_done = threading.Event()
         self._error: BaseException | None = None
         self._lock = threading.Lock()
+        self._background: Background | None = None
         self.accelerator: Accelerator | None = None
         self.marks: list[Any] = []
         """of what it is copying"""
@@ -68,11 +72,19 @@ class Staged:
 
     def hold(self) -> None:
         """What is done to the state from now on comes after the copy. Raises nothing: see `check`."""
+        if self._background is None:
+            return
+        self._background.settle()
         self._host_done.wait()
         if self.accelerator is not None and not self.done:
             self._compare_versions()
             for mark in self.marks:
                 self.accelerator.hold(mark)
+
+    def end(self) -> None:
+        """Wait until nothing is written to its memory any more."""
+        if self._background is not None:
+            self._background.wait()
 
     def check(self) -> None:
         """Wait until nothing of the live state is needed. Raises what went wrong while the copy was made."""
@@ -122,8 +134,14 @@ class Staged:
         """Say which are copied after the call that saves has returned."""
         self._coming = {place for place, _ in leaves}
 
-    def copy_later(self, leaves: _Placed, versions: _Versions) -> None:
-        """What the host has to copy, in this thread; then wait for what the device copies."""
+    def start(self, leaves: _Placed) -> None:
+        """Copy these in a thread, and wait there for what the device copies."""
+        work = partial(self._copy_later, leaves, _versions_of(leaves))
+        lost = partial(self.finish, Refused("the copy of the state was interrupted; nothing was saved."))
+        self._background = Background(work, lost, name="outlast-stage", daemon=True)
+        self._background.start()
+
+    def _copy_later(self, leaves: _Placed, versions: _Versions) -> None:
         try:
             for place, leaf in leaves:
                 self.copy(place, leaf)
@@ -149,6 +167,7 @@ class Stage:
         self._accelerator = accelerator or Cuda()
         self._memory: NDArray[np.uint8] = np.empty(0, np.uint8)
         self._pinned: NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._last: Staged | None = None
         self._layout: dict[Place, tuple[int, int]] = {}
         self._ids: dict[Place, Ids] = {}
         """of what lies in the memory"""
@@ -163,7 +182,12 @@ class Stage:
         self._memory = np.frombuffer(memory, np.uint8)
 
     def begin(self, files: dict[str, list[Leaf]], *, overlap: bool) -> Staged:
-        """Copy: what is not steady before this returns, the rest in a thread."""
+        """Copy: what is not steady before this returns, the rest in a thread.
+
+        One copy at a time: one that is left over from a save that failed or was interrupted is waited for.
+        """
+        if self._last is not None:
+            self._last.end()
         leaves = [((file, leaf.name), leaf) for file, found in files.items() for leaf in found]
         on_device: list[tuple[Place, Leaf]] = []
         on_host: list[tuple[Place, Leaf]] = []
@@ -174,7 +198,7 @@ class Stage:
             self._ids = {}
         self._layout = layout
         self.reserve(need)
-        staged = Staged(self._ids)
+        staged = self._last = Staged(self._ids)
         staged.contents |= _runs(layout, self._memory)
         if on_device:
             self._begin_on_device(on_device, staged, overlap=overlap)
@@ -184,11 +208,19 @@ class Stage:
             if not (leaf.steady and overlap):
                 staged.copy(place, leaf)
         if later or on_device:
-            given = (later, _versions_of(later))
-            threading.Thread(target=staged.copy_later, args=given, name="outlast-stage", daemon=True).start()
+            staged.start(later)
         else:
             staged.finish()
         return staged
+
+    def hold(self) -> None:
+        """What is done to the state from now on comes after the copy that is under way, if one is."""
+        if self._last is not None:
+            self._last.hold()
+
+    def forget(self) -> None:
+        """In a forked process, where nothing is under way and the memory is not there."""
+        self._last, self._memory, self._layout = None, np.empty(0, np.uint8), {}
 
     def _begin_on_device(self, leaves: _Placed, staged: Staged, *, overlap: bool) -> None:
         """Give the device its copies: first what isn't steady, which all work from now on comes after."""

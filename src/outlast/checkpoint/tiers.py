@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import stat
@@ -19,7 +20,7 @@ from outlast.checkpoint.keep import Kept
 from outlast.checkpoint.ranks import Ranks
 from outlast.checkpoint.save import Captured
 from outlast.clock import Clock
-from outlast.errors import Busy, NoRepository, OutlastError, Refused
+from outlast.errors import Busy, Corrupt, NoRepository, OutlastError, Refused
 from outlast.events import Event, EventSink
 from outlast.records import Snapshot
 from outlast.repo import deltas, forget, prune
@@ -61,7 +62,9 @@ class Tier:
 
     def anew(self) -> Tier:
         """The same place, of which nothing is known."""
-        return Tier(self._url, self._name, self._secret, self._clock, self._sink)
+        tier = Tier(self._url, self._name, self._secret, self._clock, self._sink)
+        tier.was_damaged = self.was_damaged
+        return tier
 
     def open(self, *, make: bool) -> Repository | None:
         if self._opened is None:
@@ -131,10 +134,14 @@ class Tier:
         raise AssertionError
 
     def verify(self, snapshot: Snapshot) -> None:
-        """Read every chunk of a checkpoint. Raises `Corrupt`."""
+        """Read every chunk of a checkpoint. Raises `Corrupt`; then the next save stores again what is damaged."""
         self.repository.refresh()
-        chunks = {chunk for entry in self.repository.entries(snapshot) for chunk, _ in entry.chunks}
-        self.repository.fetch(map(bytes.fromhex, sorted(chunks)), lambda _, __: None)
+        try:
+            chunks = {chunk for entry in self.repository.entries(snapshot) for chunk, _ in entry.chunks}
+            self.repository.fetch(map(bytes.fromhex, sorted(chunks)), lambda _, __: None)
+        except Corrupt:
+            self.was_damaged = True
+            raise
 
     def drop(self, policy: keep.Policy) -> None:
         """Forget the checkpoints that the policy doesn't keep, and free their space when it is worth it."""
@@ -163,19 +170,17 @@ class Tiers:
         self._memory_folder = f"{self._user_folder}/{_own_name(url, name)}"
         self.disk = Tier(url, name, secret, clock, sink)
         self.memory = Tier(self._memory_folder, name, secret, clock, sink)
-        self.marker = CrashMarker(f"{self._memory_folder}.step")
+        self.marker = CrashMarker(f"{self._memory_folder}.step", name)
 
     def candidates(self, *, with_memory: bool) -> list[Candidate]:
         """Every checkpoint, the one that was saved last before all others. Those in memory stand by their time."""
-        if (other := self.marker.other_process()) is not None:
-            raise Refused(
-                f"run {self._name} is being trained by process {other} on this machine; nothing was loaded.",
-                hint="End that one first, or give this run another name.",
-            )
-        began_at, died_at = self.marker.last() or (None, None)
+        is_private = _is_private(self._user_folder)
+        if is_private:
+            self.marker.refuse_other()
+        began_at, died_at = (self.marker.last() if is_private else None) or (None, None)
         found: list[tuple[str, Candidate]] = []
         tiers = [self.disk]
-        if with_memory and _is_private(self._user_folder, self._memory_folder):
+        if with_memory and is_private and _is_private(self._memory_folder):
             tiers.append(self.memory)
         for tier in tiers:
             try:
@@ -197,7 +202,7 @@ class Tiers:
         """A life of the run begins at this step, of this checkpoint if it is not its first."""
         if candidate is not None:
             tier, snapshot = self.find(candidate)
-            began_at, died_at = self.marker.last() or (-1, -1)
+            began_at, died_at = (self.marker.last() if _is_private(self._user_folder) else None) or (-1, -1)
             went_on = snapshot.id in tier.repository.state.resumed and began_at == step
             tier.note_resumed(snapshot, died_at if went_on else -1)
         try:
@@ -218,9 +223,10 @@ class Tiers:
         self, captured: Callable[[], Captured], metrics: Mapping[str, float], ranks: Ranks, *, in_memory: bool
     ) -> Snapshot:
         """Commit what `captured` gives, once it is staged; every rank calls it and gets the same snapshot."""
-        tier = self.memory if in_memory else self.disk
         if in_memory:
+            self.memory = self.memory.anew()  # what was there the first rank may have removed
             ranks.save.exchange(lambda: _make_private(self._user_folder, self._memory_folder), str)
+        tier = self.memory if in_memory else self.disk
         return tier.persist(captured, {f"metric.{key}": repr(float(value)) for key, value in metrics.items()}, ranks)
 
     def drop(self, *, in_memory: bool) -> None:
@@ -241,7 +247,7 @@ class Tiers:
 
 
 def _own_name(url: str, name: str) -> str:
-    place = os.path.abspath(url) if "://" not in url else url
+    place = os.path.realpath(url) if "://" not in url else url
     return hashlib.sha256(f"{place}\0{name}".encode()).hexdigest()[:24]
 
 
@@ -264,8 +270,5 @@ def _is_private(*folders: str) -> bool:
 
 
 def _kept(step: int, snapshot: Snapshot) -> Kept:
-    metrics = {}
-    for tag, text in snapshot.tags.items():
-        if tag.startswith("metric."):
-            metrics[tag.removeprefix("metric.")] = float(text)
-    return Kept(snapshot.id, step, metrics)
+    metrics = references.metrics_of(snapshot)
+    return Kept(snapshot.id, step, {name: math.nan if value is None else value for name, value in metrics.items()})
