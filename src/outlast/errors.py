@@ -21,6 +21,8 @@ class OutlastError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:
+            self.add_note(hint)  # a traceback shows it below the message
 
 
 class InvalidInput(OutlastError):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from outlast.checkpoint import gradients, save
+from outlast.checkpoint import gradients, save, tiers
 from outlast.checkpoint.run import Run
 from outlast.errors import Corrupt, InvalidInput, Refused, WrongKey
 from outlast.events import Event
@@ -421,8 +421,9 @@ def resumed_elsewhere(url: str) -> None:
     os._exit(0)
 
 
-def test_a_run_that_is_under_way_is_not_begun_again(url: str) -> None:
+def test_a_run_that_is_under_way_is_not_begun_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the same machine; however the process ends that trains it, the next may go on."""
+    monkeypatch.setattr(tiers, "DYING_SECONDS", 0.1)
 
     def elsewhere() -> int | None:
         child = multiprocessing.get_context("fork").Process(target=resumed_elsewhere, args=(url,))

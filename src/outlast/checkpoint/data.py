@@ -230,12 +230,12 @@ class Feed:
 
     def __iter__(self) -> Iterator[Any]:
         was_under_way, gave = self._seed is not None, False
-        for batch in self._rest():
-            gave = True
-            self.on_batch()
-            yield batch
-        if was_under_way and not gave:  # the place was behind the last batch of an epoch
-            yield from self._rest()
+        for _ in range(2):
+            for batch in self._rest():
+                gave = True
+                yield batch
+            if gave or not was_under_way:  # else the place was behind the last batch of an epoch
+                return
 
     def end_epoch(self) -> None:
         """Leave out what is left of an epoch under way: the next iteration begins a new one."""
@@ -262,7 +262,9 @@ class Feed:
             outside = torch.get_rng_state()
             batches = iter(self._loader)
             torch.set_rng_state(outside)  # it drew a seed for workers: once more in a life that goes on in mid-epoch
-            yield from batches
+            for batch in batches:
+                self.on_batch()
+                yield batch
             self.end_epoch()
             return
         if self._seed is None:
@@ -271,6 +273,7 @@ class Feed:
             self._consumed = 0
         step = self._step()
         for batch in self._inner:
+            self.on_batch()  # first: an exception from here on finds the state in the middle of a step
             self._consumed += step
             yield batch
         self.end_epoch()
@@ -349,8 +352,9 @@ class Placed:
             gave = True
             self.on_batch()
             yield batch
-        if goes_on and not gave:
-            yield from self._loader
+        for batch in self._loader if goes_on and not gave else ():
+            self.on_batch()
+            yield batch
 
     def state_dict(self) -> Any:
         return self._loader.state_dict()
@@ -374,6 +378,13 @@ def placed(loader: Any) -> Feed | Placed:
     if callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None)):
         return Placed(loader)
     return Feed(loader)
+
+
+def resumable(item: Any) -> Any:
+    """An item of a state, or what stands for it: for a loader what tells its place."""
+    if isinstance(item, torch.optim.Optimizer) and type(item).__module__ == "accelerate.optimizer":
+        return getattr(item, "optimizer", item)  # a wrapper without state, whose hooks nobody calls
+    return placed(item) if isinstance(item, DataLoader) or hasattr(item, "base_dataloader") else item
 
 
 def samplers(loader: Any) -> Iterator[Any]:

@@ -41,9 +41,9 @@ class Policy(msgspec.Struct, frozen=True):
 
 def checked(last: int, every_steps: int, best: str) -> Policy:
     """Raises `InvalidInput`."""
-    if last < 1 or every_steps < 0:
+    if type(last) is not int or type(every_steps) is not int or last < 1 or every_steps < 0:
         raise InvalidInput(
-            f"keep={last}, keep_every={every_steps}: at least the last one is kept, and steps are counted."
+            f"keep={last!r}, keep_every={every_steps!r}: at least the last one is kept, and steps are counted."
         )
     policy = Policy(last, every_steps, best)
     if best:

@@ -124,7 +124,10 @@ def load(
     shelf = shelves[rank if saved_ranks == ranks else 0]
     missing = [key for key in state if key not in shelf.parts]
     if missing:
-        raise Refused(f"checkpoint {snapshot.id[:8]} has no {', '.join(missing)}; it has {', '.join(shelf.parts)}.")
+        raise Refused(
+            f"checkpoint {snapshot.id[:8]} has no {', '.join(missing)}; it has {', '.join(shelf.parts)}.",
+            hint="Leave out of the state what is new until it was resumed, and begin another run with all of it.",
+        )
     wanted = {key: part for key, part in shelf.parts.items() if key in state or key == RNG}
     classes: Any = shelf.described.facts.get("classes", {})
     refuse_mismatch(snapshot, mismatches(state, wanted, shelf.form_of, classes))

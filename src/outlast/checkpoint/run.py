@@ -8,20 +8,19 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 from weakref import WeakSet
 
 import msgspec
 import torch
-from torch.utils.data import DataLoader
 
 from outlast import Passphrase, secret_of
 from outlast.checkpoint import environment, gradients, prove, references, schedule
 from outlast.checkpoint import keep as keeping
 from outlast.checkpoint import save as saving
 from outlast.checkpoint import state as live
-from outlast.checkpoint.data import Feed, Placed, placed
+from outlast.checkpoint.data import Feed, Placed, resumable
 from outlast.checkpoint.load import Loaded, load
 from outlast.checkpoint.pending import PendingSave
 from outlast.checkpoint.prove import Proof, Trail
@@ -99,7 +98,7 @@ class Run:
         self.finished_steps = 0
         self.skipped: list[str] = []
         """checkpoints that `resume` left out, and why"""
-        self.state: dict[str, Any] = {key: _resumable(item) for key, item in state.items()}
+        self.state: dict[str, Any] = {key: resumable(item) for key, item in state.items()}
         live.check_values(self.state)
         self._feeds = {id(item): self.state[key] for key, item in state.items()}
         self._unread: set[str] = set()
@@ -372,13 +371,14 @@ class Run:
 
     # -- saving ----------------------------------------------------------------------------------
 
-    def save(self, metrics: Mapping[str, float] = MappingProxyType({}), *, in_memory: bool = False) -> PendingSave:
+    def save(self, metrics: Mapping[str, float] | None = None, *, in_memory: bool = False) -> PendingSave:
         """Begin to save the state as it is now. Waits for a save that is still under way; if that failed, it is told.
 
+        Without `metrics` those of the last `step`.
         `in_memory`: into the memory of this machine, where a later process of this run finds it; a reboot ends it.
         Where the ranks run on several machines, it goes to disk all the same.
         """
-        return self._save(metrics, in_memory=in_memory, asked=True)
+        return self._save(self._metrics if metrics is None else metrics, in_memory=in_memory, asked=True)
 
     def _save(self, metrics: Mapping[str, float], *, in_memory: bool = False, asked: bool = False) -> PendingSave:
         if self._proof is not None:
@@ -530,7 +530,7 @@ class Run:
             self._sink.event(Event("save.failed", f"a save failed: {error}"))
 
     def _tell_of_unsaved(self) -> None:
-        if self.finished_steps != self._saved_step:
+        if self._proof is None and self._has_begun and self.finished_steps != self._saved_step:
             told = (
                 f"run {self._name} ended at step {self.finished_steps} without run.close(): what it goes on from is "
                 f"step {self._saved_step}"
@@ -563,16 +563,11 @@ class Run:
             self._let_go()
 
 
-def _resumable(item: Any) -> Any:
-    if isinstance(item, torch.optim.Optimizer) and type(item).__module__ == "accelerate.optimizer":
-        return getattr(item, "optimizer", item)  # a wrapper without state of its own, whose hooks nobody calls
-    return placed(item) if isinstance(item, DataLoader) or hasattr(item, "base_dataloader") else item
-
-
 def _checked(metrics: Mapping[str, float]) -> dict[str, float]:
     """As they are now. Raises `InvalidInput`."""
     try:
-        return {key.encode().decode(): float(value) for key, value in metrics.items()}
+        plain = {key: each.detach() if isinstance(each, torch.Tensor) else each for key, each in metrics.items()}
+        return {key.encode().decode(): float(value) for key, value in plain.items()}
     except (TypeError, ValueError, AttributeError, RuntimeError) as exc:
         raise InvalidInput(f"metrics are names and numbers: {exc}.") from exc
 

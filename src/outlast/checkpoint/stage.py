@@ -35,6 +35,7 @@ from outlast.checkpoint.pieces import Ids, LeafBytes
 from outlast.errors import Refused
 
 _ALIGN_BYTES = 4096
+_MADV_WIPEONFORK = 18  # madvise(2), Linux 4.14
 _memcmp = ctypes.CDLL(None).memcmp  # without the GIL
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
@@ -178,7 +179,8 @@ class Stage:
             return
         memory = private_memory(count_bytes)
         # Workers of a loader that are forked don't need it, and while they had it, each page would be copied anew.
-        memory.madvise(mmap.MADV_DONTFORK)
+        # They get zeros: a hole in its place would be given to something else, and unmapped with what maps it here.
+        memory.madvise(_MADV_WIPEONFORK)
         self._memory = np.frombuffer(memory, np.uint8)
 
     def begin(self, files: dict[str, list[Leaf]], *, overlap: bool) -> Staged:
@@ -219,8 +221,8 @@ class Stage:
             self._last.hold()
 
     def forget(self) -> None:
-        """In a forked process, where nothing is under way and the memory is not there."""
-        self._last, self._memory, self._layout = None, np.empty(0, np.uint8), {}
+        """In a forked process, where nothing is under way and the memory holds zeros."""
+        self._last, self._layout = None, {}
 
     def _begin_on_device(self, leaves: _Placed, staged: Staged, *, overlap: bool) -> None:
         """Give the device its copies: first what isn't steady, which all work from now on comes after."""

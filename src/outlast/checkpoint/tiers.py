@@ -34,6 +34,7 @@ _MEMORY = "/dev/shm"  # noqa: S108  private folders are made in it
 # still needed half may be waste, before such a pack is written anew.
 _PRUNE = PrunePolicy(max_unused=0.5, max_delete=1.0, grace_seconds=0.0, unnamed_seconds=3600.0)
 _TRIES = 3
+DYING_SECONDS = 10.0
 
 Secret = Callable[[], bytes]
 
@@ -165,7 +166,7 @@ class Tiers:
     def __init__(
         self, url: str, name: str, policy: keep.Policy, secret: Secret | None, clock: Clock, sink: EventSink
     ) -> None:
-        self._name, self._policy, self._sink = name, policy, sink
+        self._policy, self._clock, self._sink = policy, clock, sink
         self._user_folder = f"{_MEMORY}/outlast-{os.getuid()}"
         self._memory_folder = f"{self._user_folder}/{_own_name(url, name)}"
         self.disk = Tier(url, name, secret, clock, sink)
@@ -176,7 +177,7 @@ class Tiers:
         """Every checkpoint, the one that was saved last before all others. Those in memory stand by their time."""
         is_private = _is_private(self._user_folder)
         if is_private:
-            self.marker.refuse_other()
+            self._refuse_other()
         began_at, died_at = (self.marker.last() if is_private else None) or (None, None)
         found: list[tuple[str, Candidate]] = []
         tiers = [self.disk]
@@ -197,6 +198,17 @@ class Tiers:
                 older = (at for at, (time, _) in enumerate(found) if time <= each.time)
                 found.insert(next(older, len(found)) if tier is self.memory else len(found), (each.time, candidate))
         return [candidate for _, candidate in found]
+
+    def _refuse_other(self) -> None:
+        """Raises `Refused` where another process trains the run; one that was just killed takes a while to be gone."""
+        until = self._clock.monotonic_seconds() + DYING_SECONDS
+        while True:
+            try:
+                return self.marker.refuse_other()
+            except Refused:
+                if self._clock.monotonic_seconds() >= until:
+                    raise
+                self._clock.sleep(0.05)
 
     def begin(self, step: int, candidate: Candidate | None = None) -> None:
         """A life of the run begins at this step, of this checkpoint if it is not its first."""

@@ -142,7 +142,8 @@ def _import_lines(report: Imported) -> Iterator[str]:
         f"{short_id(report.snapshot)}): {count_text(report.tensors, 'tensor')}, {size_text(report.bytes)}."
     )
     parts = ", ".join(f"{key} ({kind})" for key, kind in report.parts.items())
-    yield f"A Run resumes from it whose state has: {printable(parts)}."
+    undo = f"`outlast forget {short_id(report.snapshot)}` undoes it."
+    yield f"A Run resumes from it whose state has: {printable(parts)}. {undo}"
     if report.left_out:
         yield f"Left out: {printable(', '.join(report.left_out))}. --map KEY=PATH takes such parts in."
     yield from map(printable, report.notes)
