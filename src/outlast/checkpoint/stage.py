@@ -18,7 +18,6 @@ It is compared with that byte for byte, which costs as much as to copy it, and s
 from __future__ import annotations
 
 import ctypes
-import mmap
 import threading
 from collections.abc import Sequence
 from functools import partial
