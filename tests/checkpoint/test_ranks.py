@@ -103,6 +103,11 @@ def test_a_signal_to_one_rank_saves_and_ends_all_at_the_same_step(tmp_path: Path
 
 
 @pytest.mark.slow
+def test_saves_into_memory_go_on_after_one_to_disk(tmp_path: Path) -> None:
+    assert scene(2, "memory_and_disk", tmp_path) == [{"steps": [2, 5], "finished": 5}] * 2
+
+
+@pytest.mark.slow
 def test_ranks_of_different_speed_save_at_the_same_steps(tmp_path: Path) -> None:
     told = scene(2, "every_so_often", tmp_path)
     assert told[0]["steps"] == told[1]["steps"]

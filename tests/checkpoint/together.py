@@ -173,6 +173,19 @@ def every_so_often(rank: int, ranks: int, folder: Path) -> Any:
     return {"steps": [step for step, _ in run.checkpoints()]}
 
 
+def memory_and_disk(rank: int, ranks: int, folder: Path) -> Any:
+    """What is saved to disk removes what is in memory, which only the first rank does."""
+    run = Run(str(folder / "runs"), name="x", state=made(ranks, shards=False), save_every=10**9)
+    run.resume()
+    for in_memory in (True, False, True):
+        trained(run, 1)
+        run.save(in_memory=in_memory).wait_done()
+    trained(run, 1)
+    run.step(save=True)
+    run.close()
+    return {"steps": [step for step, _ in run.checkpoints()], "finished": run.finished_steps}
+
+
 SCENES = {
     "save": lambda *given: save(*given, shards=False),
     "save-sharded": lambda *given: save(*given, shards=True),
@@ -180,7 +193,7 @@ SCENES = {
     "differences-sharded": lambda *given: differences(*given, shards=True),
     "load": lambda *given: load(*given, shards=False),
     "load-sharded": lambda *given: load(*given, shards=True),
-    **{each.__name__: each for each in (one_dies, one_refuses, one_is_terminated, every_so_often)},
+    **{each.__name__: each for each in (one_dies, one_refuses, one_is_terminated, every_so_often, memory_and_disk)},
 }
 
 
