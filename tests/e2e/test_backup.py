@@ -242,6 +242,8 @@ def test_a_folder_without_permission_is_named(request: pytest.FixtureRequest) ->
     (source / "locked").mkdir(parents=True)
     (source / "locked" / "inside").write_text("secret")
     (source / "open.txt").write_text("open")
+    source.chmod(0o755)
+    (source / "open.txt").chmod(0o644)
     (source / "locked").chmod(0)
     # Made before: the package itself may lie where only root can read.
     repository = Repository.create(MemoryStore())
