@@ -179,7 +179,7 @@ def memory_and_disk(rank: int, ranks: int, folder: Path) -> Any:
     run.resume()
     for in_memory in (True, False, True):
         trained(run, 1)
-        run.save(in_memory=in_memory).wait_done()
+        run.save(in_memory=in_memory).wait_verified()
     trained(run, 1)
     run.step(save=True)
     run.close()

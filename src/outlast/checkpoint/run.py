@@ -399,8 +399,7 @@ class Run:
                 raise
         facts = {**self._facts_of(began), "since": self._trail.facts(asked=asked)}
         step = self.finished_steps
-        tier = self._tiers.memory if in_memory else self._tiers.disk
-        pending = PendingSave(step, staged, tier.verify, in_memory=in_memory)
+        pending = PendingSave(step, staged, partial(self._tiers.verify, in_memory=in_memory), in_memory=in_memory)
 
         def captured() -> Captured:
             if staged.done:

@@ -175,13 +175,12 @@ class Tiers:
 
     def candidates(self, *, with_memory: bool) -> list[Candidate]:
         """Every checkpoint, the one that was saved last before all others. Those in memory stand by their time."""
-        is_private = _is_private(self._user_folder)
-        if is_private:
+        if _is_private(self._user_folder):
             self._refuse_other()
-        began_at, died_at = (self.marker.last() if is_private else None) or (None, None)
+        began_at, died_at = self._last() or (None, None)
         found: list[tuple[str, Candidate]] = []
         tiers = [self.disk]
-        if with_memory and is_private and _is_private(self._memory_folder):
+        if with_memory and _is_private(self._user_folder, self._memory_folder):
             tiers.append(self.memory)
         for tier in tiers:
             try:
@@ -199,6 +198,10 @@ class Tiers:
                 found.insert(next(older, len(found)) if tier is self.memory else len(found), (each.time, candidate))
         return [candidate for _, candidate in found]
 
+    def _last(self) -> tuple[int, int] | None:
+        """Of the life before, see `CrashMarker.last`, where nobody else could have written it."""
+        return self.marker.last() if _is_private(self._user_folder) else None
+
     def _refuse_other(self) -> None:
         """Raises `Refused` where another process trains the run; one that was just killed takes a while to be gone."""
         until = self._clock.monotonic_seconds() + DYING_SECONDS
@@ -214,7 +217,7 @@ class Tiers:
         """A life of the run begins at this step, of this checkpoint if it is not its first."""
         if candidate is not None:
             tier, snapshot = self.find(candidate)
-            began_at, died_at = (self.marker.last() if _is_private(self._user_folder) else None) or (-1, -1)
+            began_at, died_at = self._last() or (-1, -1)
             went_on = snapshot.id in tier.repository.state.resumed and began_at == step
             tier.note_resumed(snapshot, died_at if went_on else -1)
         try:
@@ -230,6 +233,10 @@ class Tiers:
     def find(self, candidate: Candidate) -> tuple[Tier, Snapshot]:
         tier = self.tier(candidate)
         return tier, tier.repository.find_snapshot(candidate.snapshot)
+
+    def verify(self, snapshot: Snapshot, *, in_memory: bool) -> None:
+        """Read every chunk of a checkpoint. Raises `Corrupt`."""
+        (self.memory if in_memory else self.disk).verify(snapshot)
 
     def persist(
         self, captured: Callable[[], Captured], metrics: Mapping[str, float], ranks: Ranks, *, in_memory: bool
