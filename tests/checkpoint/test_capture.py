@@ -212,6 +212,54 @@ def test_lazily_made_state_is_loaded_too(tmp_path: Path) -> None:
     )
 
 
+def stepped(model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(model.parameters())
+    model[2](model[0](torch.randn(2, 4))).sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+def test_moments_are_filled_where_they_lie_so_that_nothing_is_held_twice(tmp_path: Path) -> None:
+    model = net()
+    optimizer = stepped(model)
+    saved(tmp_path, {"model": model, "optimizer": optimizer})
+    other = net()
+    mine = stepped(other)
+    before = {id(each): mine.state[each]["exp_avg"].data_ptr() for each in other.parameters()}
+    loaded(tmp_path, {"model": other, "optimizer": mine})
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(optimizer.state[a]["exp_avg"], mine.state[b]["exp_avg"])
+        assert mine.state[b]["exp_avg"].data_ptr() == before[id(b)]
+
+
+def test_moments_that_share_memory_do_not_take_each_other_s_values(tmp_path: Path) -> None:
+    """One tensor for both moments, or the parameter itself, as an optimizer may begin with; they differ in the file."""
+    model = net()
+    optimizer = stepped(model)
+    saved(tmp_path, {"model": model, "optimizer": optimizer})
+    other = net()
+    mine = stepped(other)
+    for each in other.parameters():
+        mine.state[each]["exp_avg_sq"] = mine.state[each]["exp_avg"]
+    mine.state[other[0].weight]["exp_avg"] = other[0].weight.detach()
+    loaded(tmp_path, {"model": other, "optimizer": mine})
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        for name, value in optimizer.state[a].items():
+            assert torch.equal(value, mine.state[b][name]), name
+
+
+def test_a_parameter_without_state_stays_without(tmp_path: Path) -> None:
+    model = net()
+    optimizer = stepped(model)
+    del optimizer.state[model[0].bias]
+    saved(tmp_path, {"model": model, "optimizer": optimizer})
+    other = net()
+    fresh = torch.optim.AdamW(other.parameters())
+    loaded(tmp_path, {"model": other, "optimizer": fresh})
+    assert other[0].bias not in fresh.state
+
+
 class Spread(nn.Module):
     """Buffers whose elements share memory, which `expand` makes."""
 

@@ -12,9 +12,11 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 import torch
 
 from outlast.checkpoint import state as live
+from outlast.checkpoint.destinations import destinations
 from outlast.checkpoint.leaves import DTYPES, Form, Region, form_of, tensor_bytes
 from outlast.checkpoint.state import Part, State
 from outlast.checkpoint.state_file import RNG, describe, folder_of, ranks_of
@@ -132,7 +134,7 @@ def load(
     classes: Any = shelf.described.facts.get("classes", {})
     refuse_mismatch(snapshot, mismatches(state, wanted, shelf.form_of, classes))
     regions = live.regions(state, wanted, shelf.form_of)
-    targets = live.destinations(state, wanted)
+    targets = destinations(state, wanted)
     notes = [] if saved_ranks == ranks else [_resharding(shelf, state, saved_ranks, ranks)]
     left_out = [key for key in shelf.parts if key not in wanted]
     notes += [f"not in the state, and so not restored: {', '.join(left_out)}"] if left_out else []
@@ -393,8 +395,9 @@ def _fill(repository: Repository, files: Mapping[str, Entry], runs: Mapping[str,
         _aim(files[path], mine, places)
 
     def deliver(chunk: bytes, plain: bytes | memoryview) -> None:
-        view = memoryview(plain)
+        whole = np.frombuffer(plain, np.uint8)
         for skip, memory in places[chunk.hex()]:
-            memory[:] = view[skip : skip + len(memory)]
+            # numpy lets other threads run meanwhile, which slices of memory don't.
+            np.copyto(np.frombuffer(memory, np.uint8), whole[skip : skip + len(memory)])
 
     repository.fetch((bytes.fromhex(chunk) for chunk in places), deliver)

@@ -267,24 +267,6 @@ def random_state() -> dict[str, Any]:
 # -- give back -------------------------------------------------------------------------------------------
 
 
-def destinations(state: State, parts: Mapping[str, Part]) -> dict[str, dict[str, torch.Tensor]]:
-    """key -> name -> live memory of modules that can be filled as it is: on the CPU, row-major, of the same type."""
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for key, part in parts.items():
-        item = state.get(key)
-        if part.kind != "module" or not isinstance(item, torch.nn.Module):
-            continue
-        mine = found.setdefault(key, {})
-        for name, live in unwrap(item).state_dict(keep_vars=True).items():
-            node = part.tree["state"].get(plain_name(name))
-            if isinstance(live, torch.Tensor) and isinstance(node, dict) and set(node) - {"global"} == {"$", "name"}:
-                memory = local(live.detach())
-                plain = type(memory) in (torch.Tensor, torch.nn.Parameter)
-                if plain and memory.device.type == "cpu" and memory.is_contiguous():
-                    mine.setdefault(node["name"], memory)
-    return found
-
-
 def regions(state: State, parts: Mapping[str, Part], form_of: FormOf) -> dict[str, dict[str, Region]]:
     """key -> name of a leaf -> what this rank is to hold of it, for all that has the shape of a parameter or buffer."""
     found: dict[str, dict[str, Region]] = {}
@@ -300,7 +282,7 @@ def regions(state: State, parts: Mapping[str, Part], form_of: FormOf) -> dict[st
                 if name in live
             ]
         elif parts[key].kind == "optimizer" and isinstance(item, torch.optim.Optimizer):
-            owners = _owners(item, names)
+            owners = parameters_of(item, names)
             pairs = [(node, owners[name]) for name in owners for node in tree["state"].get(name, {}).values()]
         else:
             pairs = []
@@ -336,7 +318,7 @@ def _tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def _owners(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, torch.Tensor]:
+def parameters_of(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, torch.Tensor]:
     """Name -> parameter, of those that an optimizer changes."""
     by_number = numbered(optimizer, names)
     parameters = dict.fromkeys(each for group in optimizer.param_groups for each in group["params"])
@@ -365,7 +347,7 @@ def give_back(
             if part.kind == "module":
                 _give_to_module(unwrap(item), key, part.tree, give, owned)
             elif part.kind == "optimizer":
-                _give_to_optimizer(item, _of_owners(key, part.tree, give, _owners(item, names), owned), names)
+                _give_to_optimizer(item, _of_owners(key, part.tree, give, parameters_of(item, names), owned), names)
             else:
                 _give_to_other(item, part.kind, decode(part.tree, give, (key,)), key)
         except OutlastError:

@@ -19,7 +19,7 @@ from outlast.repo.pack import HEADER, RECORD, TRAILER, DamagedFooter, object_nam
 if TYPE_CHECKING:
     from outlast.repo.repository import Repository
 
-RANGE_BYTES = 8 << 20
+_FEW_BYTES = 8 << 20
 GAP_BYTES = 128 << 10
 _PLAIN_BYTES_IN_FLIGHT = 128 << 20
 _SMALL_BYTES = 16 << 10
@@ -61,14 +61,15 @@ def fetch(repository: Repository, chunks: Iterable[bytes], deliver: Deliver, fai
         return _fetch_range(repository, part, deliver, failed, one_at_a_time if small else nullcontext())
 
     parts = list(ranges(repository, chunks, failed))
-    if repository.store.capabilities.memory_map and sum(part.end - part.start for part in parts) < RANGE_BYTES:
+    able = repository.store.capabilities
+    if able.memory_map and sum(part.end - part.start for part in parts) < _FEW_BYTES:
         for result in map(run, parts):  # to start threads takes longer
             total.chunks += result.chunks
             total.bytes += result.bytes
         return total
     waiting = iter(parts)
-    workers = max(2, min(8, repository.store.capabilities.concurrency))
-    in_flight = max(workers, min(2 * workers, _PLAIN_BYTES_IN_FLIGHT // (2 * RANGE_BYTES)))
+    workers = max(2, min(8, able.concurrency))
+    in_flight = max(workers, min(2 * workers, _PLAIN_BYTES_IN_FLIGHT // (2 * able.read_bytes)))
     with ThreadPoolExecutor(workers, thread_name_prefix="fetch") as pool:
         pending: set[Future[Fetched]] = {pool.submit(run, part) for part in islice(waiting, in_flight)}
         try:
@@ -97,11 +98,11 @@ def ranges(repository: Repository, chunks: Iterable[bytes], failed: Failed | Non
             if failed is None:
                 raise
             failed(chunk, exc)
-    yield from joined(located.items())
+    yield from joined(located.items(), repository.store.capabilities.read_bytes)
 
 
-def joined(located: Iterable[tuple[bytes, Location]]) -> Iterator[Range]:
-    """These chunks in order of pack and offset, those that lie close together in one range."""
+def joined(located: Iterable[tuple[bytes, Location]], range_bytes: int) -> Iterator[Range]:
+    """These chunks in order of pack and offset, those that lie close together in one range of about `range_bytes`."""
     ordered = sorted(located, key=lambda item: (item[1].pack.name, item[1].offset))
     current: Range | None = None
     for chunk, location in ordered:
@@ -110,7 +111,7 @@ def joined(located: Iterable[tuple[bytes, Location]]) -> Iterator[Range]:
             current is not None
             and current.pack == location.pack.name
             and location.offset - current.end <= GAP_BYTES
-            and end - current.start <= RANGE_BYTES
+            and end - current.start <= range_bytes
         ):
             current.end = max(current.end, end)
             current.chunks.append((chunk, location))

@@ -66,14 +66,15 @@ def unreadable(repository: Repository, rows: Iterable[Row]) -> list[bytes]:
                 found.append(chunk)
         return found
 
-    with ThreadPoolExecutor(max(2, repository.store.capabilities.concurrency), thread_name_prefix="prove") as threads:
-        return [chunk for found in threads.map(look, joined(rows)) for chunk in found]
+    able = repository.store.capabilities
+    with ThreadPoolExecutor(max(2, able.concurrency), thread_name_prefix="prove") as threads:
+        return [chunk for found in threads.map(look, joined(rows, able.read_bytes)) for chunk in found]
 
 
 def _copy(repository: Repository, writer: Writer, rows: Iterable[Row], done: Repacked, *, partly: bool) -> bool:
     """Whether all of the rows, which are of one pack, were copied."""
     whole = True
-    for part in joined(rows):
+    for part in joined(rows, repository.store.capabilities.read_bytes):
         for (chunk, location), stored in zip(part.chunks, _read(repository, part.pack, part.chunks), strict=True):
             try:
                 if stored is None:

@@ -56,6 +56,8 @@ class Capabilities(msgspec.Struct, frozen=True):
     readonly: bool = False
     concurrency: int = 4
     """How many calls at once make sense."""
+    read_bytes: int = 8 << 20
+    """How many bytes to ask for in one call, where more lie side by side."""
     object_bytes_max: int = 5 << 30
 
 
