@@ -249,17 +249,6 @@ def test_moments_that_share_memory_do_not_take_each_other_s_values(tmp_path: Pat
             assert torch.equal(value, mine.state[b][name]), name
 
 
-def test_a_parameter_without_state_stays_without(tmp_path: Path) -> None:
-    model = net()
-    optimizer = stepped(model)
-    del optimizer.state[model[0].bias]
-    saved(tmp_path, {"model": model, "optimizer": optimizer})
-    other = net()
-    fresh = torch.optim.AdamW(other.parameters())
-    loaded(tmp_path, {"model": other, "optimizer": fresh})
-    assert other[0].bias not in fresh.state
-
-
 class Spread(nn.Module):
     """Buffers whose elements share memory, which `expand` makes."""
 
