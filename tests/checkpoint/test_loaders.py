@@ -254,6 +254,42 @@ def test_an_iterable_dataset_that_does_not_know_its_place_is_refused(tmp_path: P
         Run(str(tmp_path), name="x", state={"loader": DataLoader(Endless())})
 
 
+class Counting(torch.utils.data.IterableDataset[int]):
+    """Knows its place, and fails once."""
+
+    def __init__(self, fails_at: int) -> None:
+        self.at, self.fails_at = 0, fails_at
+
+    def __iter__(self) -> Iterator[int]:
+        while self.at < COUNT:
+            self.at += 1
+            if self.at == self.fails_at:
+                raise OSError("the disk is away")
+            yield self.at - 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, saved: dict[str, int]) -> None:
+        self.at = saved["at"]
+
+
+def test_an_iterable_dataset_that_fails_in_mid_batch_loses_no_sample(tmp_path: Path) -> None:
+    def life(fails_at: int) -> list[int]:
+        seen = []
+        loader = DataLoader(Counting(fails_at), batch_size=4)
+        with Run(str(tmp_path), name="x", state={"loader": loader}, save_every=10**9) as run:
+            run.resume()
+            for step, batch in run.steps(loader, until=5):
+                seen += batch.tolist()
+                run.step(save=step == 0)
+        return seen
+
+    with pytest.raises(OSError, match="the disk is away"):
+        life(fails_at=11)
+    assert life(fails_at=-1) == list(range(4, 20))
+
+
 def test_a_shuffle_buffer_that_would_lose_samples_is_refused(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_dict({"n": list(range(COUNT))}).to_iterable_dataset(num_shards=5)

@@ -188,6 +188,17 @@ def test_an_exception_between_two_steps_saves_and_one_inside_a_step_does_not(url
     assert steps_of(run) == []
 
 
+def test_a_closed_run_saves_no_more(url: str) -> None:
+    with Run(url, name="x", state=made(), save_every=1) as run:
+        trained(run, 2)
+    assert steps_of(run) == [1, 2]
+    with pytest.raises(Refused, match="run x was closed"):
+        run.save()
+    with pytest.raises(Refused, match="run x was closed"):
+        trained(run, 1)
+    assert steps_of(run) == [1, 2]
+
+
 def test_what_does_not_fit_is_listed_and_nothing_is_loaded(url: str) -> None:
     with Run(url, name="x", state=made()) as run:
         trained(run, 1)

@@ -10,7 +10,7 @@ or whether its predecessors were done by the same process.
 from __future__ import annotations
 
 import random  # noqa: TID251  seeded for each batch, as its place in the order says
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -262,9 +262,7 @@ class Feed:
             outside = torch.get_rng_state()
             batches = iter(self._loader)
             torch.set_rng_state(outside)  # it drew a seed for workers: once more in a life that goes on in mid-epoch
-            for batch in batches:
-                self.on_batch()
-                yield batch
+            yield from _told(batches, self.on_batch)
             self.end_epoch()
             return
         if self._seed is None:
@@ -348,13 +346,11 @@ class Placed:
         if goes_on:
             torch.set_rng_state(outside)  # it drew a seed for workers, as it had when the epoch began
         gave = False
-        for batch in batches:
+        for batch in _told(batches, self.on_batch):
             gave = True
-            self.on_batch()
             yield batch
-        for batch in self._loader if goes_on and not gave else ():
-            self.on_batch()
-            yield batch
+        if goes_on and not gave:
+            yield from _told(self._loader, self.on_batch)
 
     def state_dict(self) -> Any:
         return self._loader.state_dict()
@@ -362,6 +358,18 @@ class Placed:
     def load_state_dict(self, saved: Any) -> None:
         self._loader.load_state_dict(saved)
         self._goes_on = True
+
+
+def _told(batches: Iterable[Any], on_batch: Callable[[], None]) -> Iterator[Any]:
+    """Of a loader whose place is where its dataset stands. Where that fails, some samples of a batch are gone from it;
+    so the failure, too, finds the state in the middle of a step, and the checkpoint before it stays the last."""
+    try:
+        for batch in batches:
+            on_batch()
+            yield batch
+    except Exception:
+        on_batch()
+        raise
 
 
 def _nothing() -> None:

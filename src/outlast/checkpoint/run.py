@@ -383,6 +383,11 @@ class Run:
     def _save(self, metrics: Mapping[str, float], *, in_memory: bool = False, asked: bool = False) -> PendingSave:
         if self._proof is not None:
             return self._proof.instead_of_saving(self.finished_steps, asked, self._capture)
+        if self not in _OPEN:
+            raise Refused(
+                f"run {self._name} was closed, or is that of the process this one was forked from; nothing was saved.",
+                hint="Open another Run of this name, and resume() it.",
+            )
         metrics = _checked(metrics)
         self._tell(self._end_pending(wait=True))  # this one takes its place
         began = self._clock.monotonic_seconds()
