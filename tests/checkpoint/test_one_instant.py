@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -214,3 +215,15 @@ def test_what_a_device_copies_is_of_the_same_instant(
     else:
         with pytest.raises(Refused, match="changed outside of its optimizer"):
             pending.wait()
+
+
+def test_a_process_that_is_forked_does_not_carry_the_copy() -> None:
+    """Workers of a loader would otherwise have each page of it copied that a later save writes to."""
+    memory = stage.Stage()
+    memory.reserve(1 << 20)
+    memory._memory[:] = 1
+    child = os.fork()
+    if child == 0:
+        os._exit(int(memory._memory.any()))
+    assert os.waitpid(child, 0)[1] == 0
+    assert memory._memory.all()
