@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import compileall
+import signal
 import sys
 import uuid
 from collections import Counter
@@ -17,6 +18,9 @@ from servers import S3_ENVIRONMENT, LossyProxy, MotoServer
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As in what a shell runs in the background. Processes that tests start would ignore it too, as they should.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):
         # As installing does. Where the environment forbids it to each process, thousands of them would compile anew.
         compileall.compile_dir(Path(outlast.__file__).parent, quiet=1)

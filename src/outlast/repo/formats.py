@@ -159,7 +159,7 @@ def safetensors_header(
 def _detect(window: Window) -> str | None:
     if window.size < 8:
         return None
-    head = window.get(0, min(window.size, 16))
+    head = window.get(0, min(window.size, 16), ahead=_HEAD_BYTES)
     if head.startswith(gguf.MAGIC):
         return "gguf"
     if head.startswith(_NPY_MAGIC):
@@ -185,7 +185,7 @@ _described_decoder = msgspec.json.Decoder(_Described)
 
 def _safetensors(window: Window) -> list[Tensor]:
     # https://github.com/huggingface/safetensors: length of the header, header in JSON, data.
-    header_bytes = int.from_bytes(window.get(0, 8), "little")
+    header_bytes = int.from_bytes(window.get(0, 8, ahead=_HEAD_BYTES), "little")
     if header_bytes > _SAFETENSORS_PARSED_BYTES_MAX:
         raise Malformed("a header longer than any model needs")
     text = window.get(8, header_bytes)
