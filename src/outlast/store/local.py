@@ -74,8 +74,7 @@ class LocalStore:
 
     @property
     def capabilities(self) -> Capabilities:
-        # More and shorter reads at once kept disks busier than a few long ones, and were as fast from the cache.
-        return Capabilities(memory_map=True, concurrency=8, read_bytes=4 << 20, object_bytes_max=8 << 40)
+        return Capabilities(memory_map=True, concurrency=4, read_bytes=4 << 20, object_bytes_max=8 << 40)
 
     def local_path(self, name: str) -> str:
         """The file that holds, or would hold, the object; for mapping, never for writing."""
