@@ -219,12 +219,16 @@ def stepped(model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
-def test_moments_are_filled_where_they_lie_so_that_nothing_is_held_twice(tmp_path: Path) -> None:
-    model = net()
-    optimizer = stepped(model)
-    saved(tmp_path, {"model": model, "optimizer": optimizer})
-    other = net()
-    mine = stepped(other)
+@pytest.fixture
+def two(tmp_path: Path) -> list[tuple[nn.Module, torch.optim.Optimizer]]:
+    """What was saved, and another that has moments of its own."""
+    found = [(model, stepped(model)) for model in (net(), net())]
+    saved(tmp_path, dict(zip(("model", "optimizer"), found[0], strict=True)))
+    return found
+
+
+def test_moments_are_filled_where_they_lie_so_that_nothing_is_held_twice(tmp_path: Path, two: Any) -> None:
+    (model, optimizer), (other, mine) = two
     before = {id(each): mine.state[each]["exp_avg"].data_ptr() for each in other.parameters()}
     loaded(tmp_path, {"model": other, "optimizer": mine})
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
@@ -232,13 +236,9 @@ def test_moments_are_filled_where_they_lie_so_that_nothing_is_held_twice(tmp_pat
         assert mine.state[b]["exp_avg"].data_ptr() == before[id(b)]
 
 
-def test_moments_that_share_memory_do_not_take_each_other_s_values(tmp_path: Path) -> None:
+def test_moments_that_share_memory_do_not_take_each_other_s_values(tmp_path: Path, two: Any) -> None:
     """One tensor for both moments, or the parameter itself, as an optimizer may begin with; they differ in the file."""
-    model = net()
-    optimizer = stepped(model)
-    saved(tmp_path, {"model": model, "optimizer": optimizer})
-    other = net()
-    mine = stepped(other)
+    (model, optimizer), (other, mine) = two
     for each in other.parameters():
         mine.state[each]["exp_avg_sq"] = mine.state[each]["exp_avg"]
     mine.state[other[0].weight]["exp_avg"] = other[0].weight.detach()

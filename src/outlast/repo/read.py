@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
+from itertools import groupby, islice
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,6 @@ _FEW_BYTES = 8 << 20
 GAP_BYTES = 128 << 10
 _PLAIN_BYTES_IN_FLIGHT = 128 << 20
 _SMALL_BYTES = 16 << 10
-_STRETCH_BYTES = 64 << 20
 
 Deliver = Callable[[bytes, "bytes | memoryview"], None]
 Failed = Callable[[bytes, OutlastError], None]
@@ -73,8 +72,9 @@ def fetch(repository: Repository, chunks: Iterable[bytes], deliver: Deliver, fai
     able = repository.store.capabilities
     if able.memory_map and sum(part.end - part.start for part in parts) < _FEW_BYTES:
         return run(parts)  # to start threads takes longer
-    # A local disk reads ahead for whoever reads on; threads that take every fourth range each undo that.
-    waiting = iter(list(_stretches(parts)) if able.memory_map else [[part] for part in parts])
+    # A local disk reads ahead for whoever reads on: there each pack is for one thread.
+    by_pack = [list(each) for _, each in groupby(parts, key=lambda part: part.pack)]
+    waiting = iter(by_pack if able.memory_map else [[part] for part in parts])
     workers = max(2, min(8, able.concurrency))
     in_flight = max(workers, min(2 * workers, _PLAIN_BYTES_IN_FLIGHT // (2 * able.read_bytes)))
     with ThreadPoolExecutor(workers, thread_name_prefix="fetch") as pool:
@@ -125,18 +125,6 @@ def joined(located: Iterable[tuple[bytes, Location]], range_bytes: int) -> Itera
             yield current
         current = Range(location.pack.name, location.offset, end, [(chunk, location)])
     if current is not None:
-        yield current
-
-
-def _stretches(parts: Iterable[Range]) -> Iterator[list[Range]]:
-    """Ranges of one pack in a row, of about `_STRETCH_BYTES`."""
-    current: list[Range] = []
-    for part in parts:
-        if current and (part.pack != current[0].pack or part.end - current[0].start > _STRETCH_BYTES):
-            yield current
-            current = []
-        current.append(part)
-    if current:
         yield current
 
 
