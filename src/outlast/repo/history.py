@@ -8,7 +8,21 @@ from typing import Any
 import msgspec
 
 from outlast.records import LogEntry, PackRef, Snapshot
-from outlast.repo.state import CONDEMN, FORGET, KEY, PACKS, QUARANTINE, RESUMED, SNAPSHOT, SWEEP, VERIFIED, State
+from outlast.repo.state import (
+    CONDEMN,
+    DRILL,
+    FORGET,
+    KEY,
+    PACKS,
+    PROVEN,
+    QUARANTINE,
+    RESUMED,
+    SNAPSHOT,
+    SWEEP,
+    VERIFIED,
+    Drill,
+    State,
+)
 
 _NAMED_MAX = 3
 _ID_CHARACTERS = 8
@@ -35,6 +49,10 @@ def concerns(entry: LogEntry, before: State) -> set[str]:
     if entry.kind == RESUMED:
         made = before.snapshots.get(msgspec.convert(entry.body["snapshot"], str))
         return {made.name} if made else set()
+    if entry.kind == DRILL:
+        return {msgspec.convert(entry.body["drill"], Drill).name}
+    if entry.kind == PROVEN:
+        return {before.snapshots[each].name for each in _listed(entry, "snapshots") if each in before.snapshots}
     if entry.kind == FORGET:
         return {before.snapshots[each].name for each in _listed(entry, "snapshots") if each in before.snapshots}
     return set()
@@ -119,6 +137,25 @@ def _verified(entry: LogEntry, before: State, size_text: SizeText) -> str:
     return "; ".join(parts) or "verified nothing"
 
 
+def _proven(entry: LogEntry, before: State, size_text: SizeText) -> str:
+    right, damaged = _listed(entry, "snapshots"), _listed(entry, "damaged")
+    parts = []
+    if right:
+        sizes = [before.snapshots[each].bytes for each in right if each in before.snapshots]
+        parts.append(f"proved {_count(len(right), 'snapshot')}, {size_text(sum(sizes))}: every byte was read and right")
+    if damaged:
+        parts.append(f"found {_count(len(damaged), 'snapshot')} damaged: {_some(map(_short, damaged))}")
+    return "; ".join(parts) or "proved nothing"
+
+
+def _drill(entry: LogEntry, before: State, size_text: SizeText) -> str:
+    drill = msgspec.convert(entry.body["drill"], Drill)
+    came = f"restored {size_text(drill.bytes)} in {drill.rto_seconds:.1f} s"
+    reached = f"level L{drill.level}" if drill.level >= 0 else "no level"
+    failed = "" if drill.passed else f", of L{drill.asked}: {drill.problem}"
+    return f"drill with snapshot {_short(drill.snapshot)} of {drill.name}: {came}, {reached} reached{failed}"
+
+
 def _key(entry: LogEntry, before: State, size_text: SizeText) -> str:
     def text(field: str) -> str:
         return str(entry.body.get(field, ""))
@@ -149,6 +186,8 @@ _SENTENCES: dict[str, Callable[[LogEntry, State, SizeText], str]] = {
     QUARANTINE: _quarantine,
     VERIFIED: _verified,
     RESUMED: _resumed,
+    PROVEN: _proven,
+    DRILL: _drill,
     KEY: _key,
 }
 

@@ -39,7 +39,9 @@ QUARANTINE = "quarantine"
 VERIFIED = "verified"
 KEY = "key"
 RESUMED = "resumed"
-KINDS = (SNAPSHOT, PACKS, FORGET, CONDEMN, SWEEP, QUARANTINE, VERIFIED, KEY, RESUMED)
+PROVEN = "proven"
+DRILL = "drill"
+KINDS = (SNAPSHOT, PACKS, FORGET, CONDEMN, SWEEP, QUARANTINE, VERIFIED, KEY, RESUMED, PROVEN, DRILL)
 
 
 class Condemned(msgspec.Struct, frozen=True):
@@ -49,6 +51,33 @@ class Condemned(msgspec.Struct, frozen=True):
     bytes: int
     chunks: int
     seq: int
+
+
+class Drill(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A rehearsed restore, as the log tells it. Levels: 0 bytes, 1 structure, 2 values, 3 golden outputs, 4 quality on
+    a pinned test set, 5 resumed training; each needs those below it."""
+
+    snapshot: str
+    name: str
+    """of the snapshot: the source or the run"""
+    asked: int
+    """the level that was to be reached"""
+    level: int
+    """the one that was reached, -1 where not even the bytes were right"""
+    rto_seconds: float
+    """from the beginning to where the level below the failure, or the last one, was reached"""
+    rpo_seconds: float
+    """the age of the snapshot when the drill began"""
+    bytes: int
+    """restored"""
+    time: str = ""
+    """of its entry, RFC 3339"""
+    problem: str = ""
+    """why the next level was not reached"""
+
+    @property
+    def passed(self) -> bool:
+        return self.level >= self.asked
 
 
 class State(msgspec.Struct, omit_defaults=True):
@@ -76,6 +105,10 @@ class State(msgspec.Struct, omit_defaults=True):
     resumed: dict[str, list[int]] = {}
     """checkpoint -> for each time that its run went on from it, and saved no later one: the step at which the life
     before that died, if it went on from it too, or -1"""
+    proven: dict[str, str] = {}
+    """snapshot -> when every byte of it was last read here and right, RFC 3339; none that was found damaged since"""
+    drills: dict[str, Drill] = {}
+    """name of snapshots -> the last drill with one of them"""
 
     def apply(self, entry: LogEntry, entry_hash: str) -> None:
         """Fold one entry. Kinds this version doesn't know change nothing here; `Corrupt` when it can't be read."""
@@ -158,6 +191,7 @@ def _forget(state: State, entry: LogEntry) -> None:
     for snapshot in _names(entry, "snapshots"):
         state.snapshots.pop(snapshot, None)
         state.resumed.pop(snapshot, None)
+        state.proven.pop(snapshot, None)
 
 
 def _condemn(state: State, entry: LogEntry) -> None:
@@ -197,6 +231,23 @@ def _verified(state: State, entry: LogEntry) -> None:
             state.verified.pop(name, None)
 
 
+def _proven(state: State, entry: LogEntry) -> None:
+    for snapshot in _names(entry, "snapshots"):
+        if snapshot in state.snapshots:
+            state.proven[snapshot] = entry.time
+    for snapshot in _names(entry, "damaged"):
+        state.proven.pop(snapshot, None)
+
+
+def _drill(state: State, entry: LogEntry) -> None:
+    drill = msgspec.structs.replace(msgspec.convert(entry.body["drill"], Drill), time=entry.time)
+    state.drills[drill.name] = drill
+    if drill.level < 0:
+        state.proven.pop(drill.snapshot, None)
+    elif drill.snapshot in state.snapshots:
+        state.proven[drill.snapshot] = entry.time
+
+
 class _KeyChange(msgspec.Struct):
     action: str = ""
     slot: str = ""
@@ -234,4 +285,6 @@ _FOLDS: dict[str, Any] = {
     VERIFIED: _verified,
     KEY: _key,
     RESUMED: _resumed,
+    PROVEN: _proven,
+    DRILL: _drill,
 }
