@@ -41,7 +41,8 @@ KEY = "key"
 RESUMED = "resumed"
 PROVEN = "proven"
 DRILL = "drill"
-KINDS = (SNAPSHOT, PACKS, FORGET, CONDEMN, SWEEP, QUARANTINE, VERIFIED, KEY, RESUMED, PROVEN, DRILL)
+LEASE = "lease"
+KINDS = (SNAPSHOT, PACKS, FORGET, CONDEMN, SWEEP, QUARANTINE, VERIFIED, KEY, RESUMED, PROVEN, DRILL, LEASE)
 
 
 class Condemned(msgspec.Struct, frozen=True):
@@ -111,6 +112,8 @@ class State(msgspec.Struct, omit_defaults=True):
     """snapshot -> when it was last found damaged here, RFC 3339; none that was proven since"""
     drills: dict[str, Drill] = {}
     """name of snapshots -> the last drill with one of them"""
+    fences: dict[str, int] = {}
+    """lease -> the highest fencing token of an entry: its earlier owners commit nothing any more"""
 
     def apply(self, entry: LogEntry, entry_hash: str) -> None:
         """Fold one entry. Kinds this version doesn't know change nothing here; `Corrupt` when it can't be read."""
@@ -118,6 +121,7 @@ class State(msgspec.Struct, omit_defaults=True):
         if fold is not None:
             try:
                 fold(self, entry)
+                _fence(self, entry)
             except (msgspec.ValidationError, KeyError) as exc:
                 raise Corrupt(f"log entry {entry.seq} ({entry.kind}) can't be read: {exc}.") from exc
         self.seq = entry.seq
@@ -242,6 +246,16 @@ def _proven(state: State, entry: LogEntry) -> None:
         _hurt(state, snapshot, entry.time)
 
 
+def _fence(state: State, entry: LogEntry) -> None:
+    if "fence" in entry.body:
+        name, token = msgspec.convert(entry.body["fence"], tuple[str, int])
+        state.fences[name] = max(token, state.fences.get(name, 0))
+
+
+def _lease(state: State, entry: LogEntry) -> None:
+    """Its fence is all that it says."""
+
+
 def _prove(state: State, snapshot: str, time: str) -> None:
     if snapshot in state.snapshots:
         state.proven[snapshot] = time
@@ -302,4 +316,5 @@ _FOLDS: dict[str, Any] = {
     RESUMED: _resumed,
     PROVEN: _proven,
     DRILL: _drill,
+    LEASE: _lease,
 }

@@ -38,6 +38,8 @@ class Held(msgspec.Struct, frozen=True):
     resumed: frozenset[str] = frozenset()
     """checkpoints that runs went on from"""
     problem: str = ""
+    full: bool = False
+    """nothing could be written there just now"""
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -160,8 +162,9 @@ def plan(policy: Policy, held: Sequence[Held], now_ns: int) -> Plan:
 
 
 def _backups(facts: Facts) -> Iterator[Task]:
-    """Of each source the next one, to the first tier that can be reached. A full one is an incremental one as well."""
-    first = next((tier.name for tier in facts.policy.tiers if not facts.held[tier.name].problem), None)
+    """Of each source the next one, to the first tier that can be written. A full one is an incremental one as well."""
+    reachable = [tier.name for tier in facts.policy.tiers if not facts.held[tier.name].problem]
+    first = next((tier for tier in reachable if not facts.held[tier].full), next(iter(reachable), None))
     if first is None:
         return
     for source in facts.policy.sources:
