@@ -179,6 +179,13 @@ class Year:
                     end_ns = self.clock.now_ns() + self.dice.randrange(1, hours_max) * HOUR * NS
                     self._ends.append((end_ns, partial(setattr, store, fault, False)))
 
+    def be_calm(self) -> None:
+        """Everything works from here on, and nobody works on files."""
+        self.calm = True
+        for _, end in self._ends:
+            end()
+        self._ends.clear()
+
     # -- time ----------------------------------------------------------------------------------------
 
     def run(self, days: float, look: Callable[[], None]) -> None:
@@ -191,8 +198,9 @@ class Year:
                 end[1]()
             if now_ns >= next_day_ns:
                 next_day_ns += DAY_SECONDS * NS
-                self._draw_faults()
-                self._work_on_files()
+                if not self.calm:
+                    self._draw_faults()
+                    self._work_on_files()
             for agent in self.agents:
                 if agent.next_ns <= self.clock.now_ns():
                     self._act(agent)

@@ -11,15 +11,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import msgspec
 
 from outlast.records import Snapshot, time_ns
+from outlast.repo.retention import has_tag
 from outlast.repo.state import Drill
-from outlast.tiers.policy import DAY_SECONDS, DrillPolicy, Intervals, Policy, Source, intervals, is_full, why_kept
+from outlast.tiers.policy import DAY_SECONDS, KEEP_TAG, DrillPolicy, Policy, Tier, intervals, is_full
 
 _NS = 10**9
+_FOR_EVER = 1 << 80
 
 MEND_AGAIN_SECONDS = 3600
 """what a repair could not mend is tried again after so long"""
@@ -89,6 +92,8 @@ class Known(NamedTuple):
 
     snapshot: Snapshot
     time_ns: int
+    until_ns: int
+    """what its source wants it to be kept to; for ever, if it is a full one"""
 
 
 class Facts:
@@ -99,38 +104,38 @@ class Facts:
         self.policy = policy
         self.held = {tier.name: each for tier, each in zip(policy.tiers, held, strict=True)}
         self.now_ns = now_ns
-        self.every: dict[str, Known] = {}
+        every = {identity: snapshot for each in held for identity, snapshot in each.snapshots.items()}
+        began = [(snapshot, _began_ns(snapshot, now_ns)) for snapshot in every.values()]
+        newest = _newest_of_each(began)
+        self.intervals = {each.name: intervals(each, newest.get(each.name)) for each in policy.sources}
+        self.every = {snapshot.id: Known(snapshot, at_ns, self._until_ns(snapshot, at_ns)) for snapshot, at_ns in began}
         """every snapshot that any tier holds, each tier's in the order of commit"""
-        for each in held:
-            for snapshot in each.snapshots.values():
-                if snapshot.id not in self.every:
-                    self.every[snapshot.id] = Known(snapshot, _began_ns(snapshot, now_ns))
-        self.newest: dict[str, Known] = {}
-        self.newest_full: dict[str, Known] = {}
-        for known in self.every.values():
-            _keep_newest(self.newest, known)
-            if is_full(known.snapshot):
-                _keep_newest(self.newest_full, known)
-        self._intervals: dict[str, Intervals] = {}
-        self._last: dict[str, dict[str, Known]] = {}
+        self.newest = {name: self.every[each.id] for name, each in newest.items()}
+        full = _newest_of_each((snapshot, at_ns) for snapshot, at_ns in began if is_full(snapshot))
+        self.newest_full = {name: self.every[each.id] for name, each in full.items()}
+        lasting = {known.snapshot.id for known in (*self.newest.values(), *self.newest_full.values())}
+        lasting.update(*(each.resumed for each in held))
+        lasting.update(each.id for each in every.values() if each.tags and has_tag(each, KEEP_TAG))
+        self.last_in = {
+            tier: _newest_of_each((each, self.every[each.id].time_ns) for each in its.snapshots.values())
+            for tier, its in self.held.items()
+        }
+        """tier -> name -> the newest snapshot that it holds"""
+        self.kept = {tier.name: self._kept(tier, lasting) for tier in policy.tiers}
+        """tier -> every snapshot that it is to hold, wherever that is now"""
 
-    def intervals(self, source: Source) -> Intervals:
-        if source.name not in self._intervals:
-            newest = self.newest.get(source.name)
-            self._intervals[source.name] = intervals(source, newest.snapshot if newest else None)
-        return self._intervals[source.name]
+    def _until_ns(self, snapshot: Snapshot, began_ns: int) -> int:
+        source = self.intervals.get(snapshot.name)
+        return _FOR_EVER if source is None or is_full(snapshot) else began_ns + source.retention_seconds * _NS
 
-    def retention_seconds(self, name: str) -> int | None:
-        source = self.policy.source(name)
-        return self.intervals(source).retention_seconds if source else None
-
-    def last_in(self, tier: str) -> dict[str, Known]:
-        """name -> the newest snapshot that this tier holds"""
-        if tier not in self._last:
-            self._last[tier] = {}
-            for each in self.held[tier].snapshots:
-                _keep_newest(self._last[tier], self.every[each])
-        return self._last[tier]
+    def _kept(self, tier: Tier, lasting: set[str]) -> dict[str, Known]:
+        special = lasting.union(each.id for each in self.last_in[tier.name].values())
+        since_ns = 0 if tier.retention_seconds is None else self.now_ns - tier.retention_seconds * _NS
+        return {
+            identity: known
+            for identity, known in self.every.items()
+            if (known.time_ns >= since_ns and known.until_ns >= self.now_ns) or identity in special
+        }
 
     def holds(self, tier: str, snapshot: str) -> bool:
         """Whether it is there, as far as is known undamaged."""
@@ -168,7 +173,11 @@ def _backups(facts: Facts) -> Iterator[Task]:
     if first is None:
         return
     for source in facts.policy.sources:
-        found, newest, full = facts.intervals(source), facts.newest.get(source.name), facts.newest_full.get(source.name)
+        found, newest, full = (
+            facts.intervals[source.name],
+            facts.newest.get(source.name),
+            facts.newest_full.get(source.name),
+        )
         if newest is None:
             yield Task("backup", facts.now_ns, "there is no backup of it", first, source.name, full=True)
             continue
@@ -206,11 +215,10 @@ def _copies(facts: Facts, number: int) -> tuple[list[Task], Lag]:
         return [], Lag(tier.name, problem=held.problem)
     missing = [
         known
-        for known in facts.every.values()
-        if known.snapshot.id not in held.snapshots
-        and (number or facts.policy.source(known.snapshot.name))
-        and facts.origin(known.snapshot.id, tier.name)
-        and _why_kept(facts, number, known)
+        for identity, known in facts.kept[tier.name].items()
+        if identity not in held.snapshots
+        and (number or known.snapshot.name in facts.intervals)
+        and facts.origin(identity, tier.name)
     ]
     if not missing:
         return [], Lag(tier.name)
@@ -258,7 +266,8 @@ def _drops(facts: Facts) -> Iterator[Task]:
         held = facts.held[tier.name]
         if held.problem:
             continue
-        gone = [facts.every[each] for each in held.snapshots if not _why_kept(facts, number, facts.every[each])]
+        kept = facts.kept[tier.name]
+        gone = [facts.every[each] for each in held.snapshots if each not in kept]
         go: list[Known] = []
         for known in gone:
             unproven = _unproven_copies(facts, number, known)
@@ -284,7 +293,8 @@ def _unproven_copies(facts: Facts, number: int, known: Known) -> list[str] | Non
 
     Tiers that keep it, and can't be reached or don't hold it yet, are waited for where they are needed.
     """
-    keeping = [tier.name for at, tier in enumerate(facts.policy.tiers) if at != number and _why_kept(facts, at, known)]
+    here = facts.policy.tiers[number].name
+    keeping = [tier for tier, kept in facts.kept.items() if tier != here and known.snapshot.id in kept]
     needed = min(facts.policy.copies, len(keeping))
     holding = [tier for tier in keeping if facts.holds(tier, known.snapshot.id)]
     if len(holding) < needed:
@@ -295,38 +305,13 @@ def _unproven_copies(facts: Facts, number: int, known: Known) -> list[str] | Non
     return stale[: max(0, needed - len(fresh))]
 
 
-def _why_kept(facts: Facts, number: int, known: Known) -> str:
-    tier = facts.policy.tiers[number]
-    age = (facts.now_ns - known.time_ns) / _NS
-    special = _special(facts, tier.name, known)
-    return why_kept(tier, facts.retention_seconds(known.snapshot.name), known.snapshot, age, special)
-
-
-def _special(facts: Facts, tier: str, known: Known) -> str:
-    name, identity = known.snapshot.name, known.snapshot.id
-    if facts.newest[name].snapshot.id == identity:
-        return f"the newest of {name}"
-    if name in facts.newest_full and facts.newest_full[name].snapshot.id == identity:
-        return f"the newest full one of {name}"
-    last = facts.last_in(tier).get(name)
-    if last is not None and last.snapshot.id == identity:
-        return f"the newest of {name} here"
-    if any(identity in held.resumed for held in facts.held.values()):
-        return "a run went on from it"
-    return ""
-
-
 def _next_day_ns(facts: Facts, number: int, gone: Iterable[Known]) -> int:
     """The first midnight, UTC, after the oldest of these was kept no more; now, where that is over."""
     retention = facts.policy.tiers[number].retention_seconds
-    ends = []
-    for known in gone:
-        limits = [retention]
-        if not is_full(known.snapshot):
-            limits.append(facts.retention_seconds(known.snapshot.name))
-        ends.append(known.time_ns + min((each for each in limits if each is not None), default=0) * _NS)
+    own_ns = _FOR_EVER if retention is None else retention * _NS
+    end_ns = min(min(known.until_ns, known.time_ns + own_ns) for known in gone)
     day_ns = DAY_SECONDS * _NS
-    return (min(ends) // day_ns + 1) * day_ns
+    return (end_ns // day_ns + 1) * day_ns
 
 
 def _drills(facts: Facts) -> Iterator[Task]:
@@ -366,20 +351,22 @@ def _task(kind: Kind, due_ns: int, reason: str, tier: str, known: Iterable[Known
     return Task(kind, due_ns, reason, tier, snapshots=tuple(each.id for each in found), origin=origin, bytes=size)
 
 
-def _keep_newest(newest: dict[str, Known], known: Known) -> None:
-    found = newest.get(known.snapshot.name)
-    if found is None or found.time_ns <= known.time_ns:
-        newest[known.snapshot.name] = known
+def _newest_of_each(dated: Iterable[tuple[Snapshot, int]]) -> dict[str, Snapshot]:
+    """name -> the newest; of two of one time the later one."""
+    times: dict[str, int] = {}
+    newest: dict[str, Snapshot] = {}
+    for snapshot, at_ns in dated:
+        if at_ns >= times.get(snapshot.name, 0):
+            times[snapshot.name], newest[snapshot.name] = at_ns, snapshot
+    return newest
 
 
 def _began_ns(snapshot: Snapshot, now_ns: int) -> int:
     """Its time; one in the future, or that can't be read, counts as now: so it is never old enough to go."""
-    try:
-        return min(time_ns(snapshot.time), now_ns)
-    except ValueError:
-        return now_ns
+    return min(_ns_or_zero(snapshot.time) or now_ns, now_ns)
 
 
+@lru_cache(1 << 17)
 def _ns_or_zero(text: str) -> int:
     try:
         return time_ns(text)

@@ -10,7 +10,6 @@ from typing import Literal
 import msgspec
 
 from outlast.records import Snapshot
-from outlast.repo.retention import has_tag
 
 HOUR_SECONDS = 3600
 DAY_SECONDS = 24 * HOUR_SECONDS
@@ -173,19 +172,3 @@ def rpo_seconds(source: Source, found: Intervals) -> int:
 def is_full(snapshot: Snapshot) -> bool:
     """Whether every byte was read for it: then it was built on no other. Checkpoints always are."""
     return snapshot.kind == "checkpoint" or not snapshot.parent
-
-
-def why_kept(
-    tier: Tier, retention_seconds: int | None, snapshot: Snapshot, age_seconds: float, special: str = ""
-) -> str:
-    """Why this tier holds a snapshot of that age; "" where it doesn't. `retention_seconds`: of its source, None for
-    runs. `special`: why it is kept whatever its age."""
-    if has_tag(snapshot, KEEP_TAG):
-        return f"it has the tag {KEEP_TAG}"
-    if special:
-        return special
-    if tier.retention_seconds is not None and age_seconds > tier.retention_seconds:
-        return ""
-    if retention_seconds is not None and age_seconds > retention_seconds and not is_full(snapshot):
-        return ""
-    return "within its retention"
