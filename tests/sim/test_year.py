@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,20 @@ import pytest
 from year import HOUR, NS, Year
 
 from outlast.backup import restore
-from outlast.records import LogEntry, Snapshot, time_ns
+from outlast.records import LogEntry, Snapshot
+from outlast.records import time_ns as parsed_ns
 from outlast.repo.check import check
 from outlast.repo.repository import Repository
 from outlast.repo.state import FORGET, PROVEN, SNAPSHOT
 from outlast.tiers.policy import DAY_SECONDS as DAY
 from outlast.tiers.policy import Policy, Source, Tier, intervals
 
+time_ns = lru_cache(None)(parsed_ns)
+
 SEED = int(os.environ.get("OUTLAST_SEED", "20261122"))
 DAYS = int(os.environ.get("OUTLAST_DAYS", "365"))
-SLACK = 4 * HOUR
-"""an agent looks every two hours, and tries again after at most one"""
+SLACK = 6 * HOUR
+"""an agent looks every three hours, and tries again after at most one"""
 VERIFIED_WITHIN = 7 * DAY
 COPIES = 2
 
@@ -51,7 +55,7 @@ def team(folder: Path) -> Policy:
 
 
 class Observer:
-    """Looks at the tiers themselves every two hours, past all faults, and judges by rules of its own."""
+    """Looks at the tiers themselves every six hours, past all faults, and judges by rules of its own."""
 
     def __init__(self, year: Year) -> None:
         self.year = year

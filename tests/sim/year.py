@@ -27,7 +27,7 @@ from outlast.tiers.policy import DAY_SECONDS, Policy, Tier
 
 NS = 10**9
 HOUR = 3600
-LOOK_SECONDS = 2 * HOUR
+LOOK_SECONDS = 3 * HOUR
 """an agent that has nothing to do looks again after so long"""
 
 
@@ -189,7 +189,7 @@ class Year:
     # -- time ----------------------------------------------------------------------------------------
 
     def run(self, days: float, look: Callable[[], None]) -> None:
-        """Let time pass; `look` is called every two hours, when no agent is at work."""
+        """Let time pass; `look` is called every six hours, when no agent is at work."""
         until_ns = self.clock.now_ns() + int(days * DAY_SECONDS) * NS
         next_look_ns = next_day_ns = self.clock.now_ns()
         while (now_ns := self.clock.now_ns()) < until_ns:
@@ -205,7 +205,7 @@ class Year:
                 if agent.next_ns <= self.clock.now_ns():
                     self._act(agent)
             if now_ns >= next_look_ns:
-                next_look_ns = now_ns + LOOK_SECONDS * NS
+                next_look_ns = now_ns + 2 * LOOK_SECONDS * NS
                 look()
             wake_ns = min(
                 next_look_ns, next_day_ns, *(agent.next_ns for agent in self.agents), *(at for at, _ in self._ends)

@@ -92,26 +92,26 @@ class Lease:
         self._store.put(_object(self.name, self.token), [msgspec.json.encode(record)])
 
 
-def acquire(store: ObjectStore, name: str, owner: str, seconds: float, clock: Clock) -> Lease:
+def acquire(store: ObjectStore, name: str, owner: str, seconds: float, clock: Clock, above: int = 0) -> Lease:
     """Take the lease `name`. Raises `Busy` while another has it, `Unavailable`.
 
     `name`: letters, digits and `._-`. `seconds`: how long after its last sign of life an owner counts as gone.
+    `above`: a token that was used, as far as is known elsewhere; this one will be higher, should the objects be lost.
     """
     assert _NAME.fullmatch(name), name
     tokens = _tokens(store, name)
     last = max(tokens, default=0)
-    was_left = False
-    if last:
-        was_left = _is_left(store, name, last)
+    was_left = bool(last) and _is_left(store, name, last)
+    token = max(last, above) + 1
     record = Record(owner, seconds, clock.random_bytes(8).hex())
     try:
-        store.put_if_absent(_object(name, last + 1), [msgspec.json.encode(record)])
+        store.put_if_absent(_object(name, token), [msgspec.json.encode(record)])
     except Exists as exc:
         raise Busy(f"the lease {name} was taken by somebody else just now.") from exc
-    for token in tokens:
+    for each in tokens:
         with suppress(OutlastError):  # only the highest one counts
-            store.delete(_object(name, token))
-    return Lease(store, name, last + 1, record, clock, was_left)
+            store.delete(_object(name, each))
+    return Lease(store, name, token, record, clock, was_left)
 
 
 def _is_left(store: ObjectStore, name: str, token: int) -> bool:

@@ -115,7 +115,9 @@ class Job:
         """None where somebody else has done it by now."""
         repository = self._places.repository(task.tier)
         seconds, owner = self._places.policy.lease_seconds, f"{socket.gethostname()}, process {os.getpid()}"
-        lease = acquire(repository.store, lease_name(self.name), owner, seconds, self._clock)
+        name = lease_name(self.name)
+        used = repository.state.fences.get(name, 0)
+        lease = acquire(repository.store, name, owner, seconds, self._clock, used)
         with lease.kept():
             if lease.was_left:
                 self._fence_off(lease, task.tier)
