@@ -38,7 +38,7 @@ def load(call: Call, given: str | None) -> Config:
 
     found = config.load(config.find(given))
     for warning in found.warnings:
-        call.printer.warn(warning)
+        call.printer.warn(warning.text(found.path))
     return found
 
 

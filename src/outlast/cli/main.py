@@ -13,7 +13,7 @@ import click
 
 from outlast import __version__
 from outlast.cli import agent as agents
-from outlast.cli import checking, collect, copies, doctor, exchange, keys, look, protect, repository, runs
+from outlast.cli import checking, collect, config, copies, doctor, exchange, keys, look, protect, repository, runs
 from outlast.cli.command import Group, Options, make_printer, tell, terminate
 
 
@@ -39,7 +39,8 @@ app.add_command(copies.copy)
 app.add_command(repository.repo)
 app.add_command(doctor.doctor)
 app.add_command(runs.runs)
-for command in (agents.agent, agents.plan, agents.status):
+app.add_command(config.config)
+for command in (agents.plan, agents.agent, agents.status):
     app.add_command(command)
 for command in (exchange.salvage, exchange.export, exchange.bring_in):
     app.add_command(command)
