@@ -259,7 +259,7 @@ def test_status_names_every_objective_that_is_missed() -> None:
     assert found.missed == (
         "the last backup of models is 3.0 h old; tolerated are 2 h.",
         "restoring models took 90 s in hot; tolerated are 1 min.",
-        "1 snapshots in warm are damaged; `outlast plan` tells what is done about it.",
+        "in warm 1 snapshot is damaged; `outlast plan --all` tells what is done about it.",
         "cold can't be read: gone",
     )
     fine = held(made("full", HOUR, parent=""), drills={"models": replace(drill, rto_seconds=5.0)})

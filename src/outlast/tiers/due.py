@@ -56,7 +56,7 @@ class Task(msgspec.Struct, frozen=True):
     name: str = ""
     """backup, drill: the source or the run"""
     full: bool = False
-    """backup: every byte is read"""
+    """backup, prove: every byte is read, whatever was read not long ago"""
     snapshots: tuple[str, ...] = ()
     """all but backup: ids, in the order of commit"""
     origin: str = ""
@@ -251,7 +251,8 @@ def _proofs_of_full(facts: Facts) -> Iterator[Task]:
         and known.snapshot.id not in facts.held[first].proven
     ]
     if unproven:
-        yield _task("prove", facts.now_ns, "a full backup is verified end to end", first, unproven)
+        task = _task("prove", facts.now_ns, "a full backup is verified end to end", first, unproven)
+        yield msgspec.structs.replace(task, full=True)
 
 
 def _drops(facts: Facts) -> Iterator[Task]:

@@ -67,6 +67,7 @@ class Job:
         self.name = name
         self.failures = 0
         """in the last step"""
+        self.worked = False
         self._is_mine, self._board, self._places, self._sink = is_mine, board, places, sink
         self._clock: Clock = places.clock
         self._failed: dict[_Key, tuple[int, int]] = {}
@@ -74,7 +75,7 @@ class Job:
 
     def step(self, now_ns: int) -> int:
         """Carry out what is due. Returns when to call again, in nanoseconds since the epoch."""
-        self.failures = 0
+        self.failures, self.worked = 0, False
         tried: set[_Key] = set()
         while True:
             mine = [task for task in self._board.plan(now_ns).tasks if self._is_mine(task)]
@@ -107,6 +108,7 @@ class Job:
         else:
             self._failed.pop(key, None)
             if done is not None:
+                self.worked = True
                 self.failures += bool(done.problems)
                 self._tell("job.done", task, done.text, problems=list(done.problems))
         self._board.plan(self._clock.now_ns(), fresh=True)

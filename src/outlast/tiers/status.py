@@ -132,7 +132,8 @@ def _missed_tiers(facts: Facts, tiers: Sequence[Standing]) -> Iterator[str]:
             behind = f"{each.lag.snapshots:,} snapshots, {about(each.lag.seconds)}"
             yield f"{each.name} is {behind} behind; copies are due every {span(tier.interval_seconds)}."
         if each.damaged:
-            yield f"{each.damaged:,} snapshots in {each.name} are damaged; `outlast plan` tells what is done about it."
+            what = "1 snapshot is" if each.damaged == 1 else f"{each.damaged:,} snapshots are"
+            yield f"in {each.name} {what} damaged; `outlast plan --all` tells what is done about it."
 
 
 def _age(facts: Facts, at_ns: int) -> float:

@@ -53,7 +53,8 @@ def _backup(task: Task, places: Places, repository: Repository) -> Done:
     assert source is not None
     made = create(repository, source.paths, name=source.name, exclude=source.exclude, full=task.full)
     problems = tuple(f"{each.path}: {each.reason}" for each in made.problems if each.kind != "skipped")
-    text = f"backed up {made.files:,} files of {made.name}, {made.bytes:,} bytes, {made.bytes_added:,} of them new"
+    files = f"{made.files:,} file{'' if made.files == 1 else 's'}"
+    text = f"backed up {made.name}: {files}, {made.bytes:,} bytes, {made.bytes_added:,} of them new"
     return Done(task, text, problems, (made.snapshot,), made.bytes_stored)
 
 
@@ -73,7 +74,7 @@ def _copy(task: Task, places: Places, repository: Repository) -> Done:
         problems += [f"snapshot {each.snapshot[:8]} of {each.name}: {each.problem}" for each in report.failed]
         if hurt:
             _note_hurt(origin, hurt)
-    text = f"copied {len(copied):,} snapshots from {task.origin}, {stored:,} bytes written"
+    text = f"copied {_count(copied)} from {task.origin}, {stored:,} bytes written"
     return Done(task, text, tuple(problems), tuple(copied), stored)
 
 
@@ -86,9 +87,10 @@ def _note_hurt(repository: Repository, snapshots: Sequence[str]) -> None:
 
 
 def _prove(task: Task, places: Places, repository: Repository) -> Done:
-    report = prove(repository, _snapshots(task, repository), trust_seconds=places.policy.verified_within_seconds / 2)
+    trust_seconds = 0.0 if task.full else places.policy.verified_within_seconds / 2
+    report = prove(repository, _snapshots(task, repository), trust_seconds=trust_seconds)
     problems = tuple(f"snapshot {each[:8]} is damaged: {problem}" for each, problem in report.damaged.items())
-    text = f"proved {len(report.proven):,} snapshots, {report.bytes_read:,} bytes read"
+    text = f"proved {_count(report.proven)}, {report.bytes_read:,} bytes read"
     return Done(task, text, problems, tuple(report.proven), report.bytes_read)
 
 
@@ -103,7 +105,7 @@ def _mend(task: Task, places: Places, repository: Repository) -> Done:
     report = prove(again, _snapshots(task, again), trust_seconds=places.policy.verified_within_seconds / 2)
     again.log.fence = None
     problems = tuple(f"snapshot {each[:8]} is damaged still: {problem}" for each, problem in report.damaged.items())
-    text = f"mended {len(report.proven):,} snapshots from {task.origin}, {found.bytes_found:,} bytes fetched"
+    text = f"mended {_count(report.proven)} from {task.origin}, {found.bytes_found:,} bytes fetched"
     return Done(task, text, problems, tuple(report.proven), found.bytes_found)
 
 
@@ -114,12 +116,16 @@ def _drop(task: Task, places: Places, repository: Repository) -> Done:
     if ids:
         gone = forget.execute(repository, forget.plan(repository, ids=ids)).forgotten
     pruned = prune.prune(repository, _PRUNE)
-    text = f"dropped {len(gone):,} snapshots, {pruned.bytes_freed:,} bytes freed"
+    text = f"dropped {_count(gone)}, {pruned.bytes_freed:,} bytes freed"
     return Done(task, text, (), gone, pruned.bytes_freed)
 
 
 def _drill(task: Task, places: Places, repository: Repository) -> Done:
     raise OutlastError("drills are not there yet.")
+
+
+def _count(snapshots: Sequence[str]) -> str:
+    return f"{len(snapshots):,} snapshot{'' if len(snapshots) == 1 else 's'}"
 
 
 def _snapshots(task: Task, repository: Repository) -> list[Snapshot]:
