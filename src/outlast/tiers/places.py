@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from outlast.clock import Clock
-from outlast.errors import NoRepository, OutlastError
+from outlast.errors import NoRepository, NotFound, OutlastError
 from outlast.repo.repository import Repository
 from outlast.store.base import ObjectStore
 from outlast.store.layers import ThrottledStore
@@ -54,8 +54,11 @@ class Places:
         try:
             repository = self.repository(tier)
             repository.refresh()
+            repository.store.stat("format")  # an empty store in its place would have no newer entries either
         except OutlastError as exc:
             self.forget(tier)
+            if isinstance(exc, NotFound):
+                return Held(problem=f"there is no repository at {self.tier(tier).url} any more.")
             hint = (
                 " Make it with `outlast init`, unless a disk is not mounted." if isinstance(exc, NoRepository) else ""
             )
