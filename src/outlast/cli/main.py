@@ -12,7 +12,7 @@ from itertools import takewhile
 import click
 
 from outlast import __version__
-from outlast.cli import checking, collect, copies, doctor, exchange, keys, look, protect, repository, runs
+from outlast.cli import checking, collect, copies, doctor, drill, exchange, keys, look, protect, repository, runs
 from outlast.cli.command import Group, Options, make_printer, tell, terminate
 
 
@@ -37,6 +37,7 @@ app.add_command(keys.key)
 app.add_command(copies.copy)
 app.add_command(repository.repo)
 app.add_command(doctor.doctor)
+app.add_command(drill.drill)
 app.add_command(runs.runs)
 for command in (exchange.salvage, exchange.export, exchange.bring_in):
     app.add_command(command)
