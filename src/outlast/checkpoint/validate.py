@@ -125,9 +125,8 @@ def values(found: Structure, *, allowed: Sequence[str] = ()) -> Looked:
             looked.files += 1
             _read_values(file, _reader(fd), looked, masks, allowed)
     if masks:
-        looked.note(
-            f"infinite on purpose, as masks and bounds are: {', '.join(masks[:_MASKS_SHOWN])}{', …' * (len(masks) > _MASKS_SHOWN)}"
-        )
+        more = ", …" if len(masks) > _MASKS_SHOWN else ""
+        looked.note(f"infinite on purpose, as masks and bounds are: {', '.join(masks[:_MASKS_SHOWN])}{more}")
     return looked
 
 

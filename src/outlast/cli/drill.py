@@ -167,7 +167,7 @@ def _lines(report: DrillReport, snapshot: Snapshot) -> Iterator[str]:
 def _seen(level: Level) -> str:
     looked = level.looked
     if level.level >= 3 and not looked.tensors:
-        return "the command passed" if level.reached else "the command"
+        return "the command passed" if level.reached else ""
     files = count_text(looked.files, "file")
     tensors = count_text(looked.tensors, "tensor")
     if level.level == 0:
@@ -177,4 +177,4 @@ def _seen(level: Level) -> str:
         return f"{files} with {tensors}{documents}"
     if level.level == 2:
         return f"{tensors}, {size_text(looked.bytes)}"
-    return f"training went on; {tensors}, {size_text(looked.bytes)}"
+    return f"a run went on: {tensors}, {size_text(looked.bytes)}"

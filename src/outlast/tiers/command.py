@@ -95,6 +95,7 @@ def run(command: Command, environment: Mapping[str, str], timeout_seconds: float
             _signal(process.pid, signal.SIGTERM)
             ended.wait(_END_SECONDS)
         _signal(process.pid, signal.SIGKILL)
+        ended.wait(None)
         process.wait()
         output.close()
     if ended.code is None:
@@ -130,7 +131,7 @@ class _Ending:
                 self.code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
         self._over.set()
 
-    def wait(self, seconds: float) -> bool:
+    def wait(self, seconds: float | None) -> bool:
         return self._over.wait(seconds)
 
 
