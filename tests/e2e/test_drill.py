@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -19,8 +21,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from shell import PASSPHRASE, Ran, Shell, weights
 
+from outlast.backup import read
+from outlast.backup.create import WITHOUT_CONTENT, create
 from outlast.clock import SYSTEM_CLOCK
-from outlast.errors import InvalidInput, StoreFull
+from outlast.errors import InvalidInput, Refused, StoreFull
 from outlast.events import ListSink
 from outlast.repo.repository import Repository
 from outlast.store.layers import open_store
@@ -96,6 +100,20 @@ def test_the_snapshot_of_a_drill_is_named_or_the_latest_of_a_source(filled: Shel
     assert "no run tiny" in filled("drill", "--run", "tiny", code=1).err
     filled("drill", "--run", "a", "--source", "b", code=2)
     assert set(opened(filled).state.drills) == {"config", "tiny"}
+
+
+def test_a_drill_that_could_not_be_written_down_says_what_it_came_to(
+    filled: Shell, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = opened(filled)
+
+    def refuse(*_: object) -> None:
+        raise Refused("this store is read-only.")
+
+    monkeypatch.setattr(repository.log, "append", refuse)
+    with pytest.raises(Refused, match="the drill reached L2 in .* s, which could not be written down: this store is"):
+        drill(repository, repository.snapshots()[0], scratch=str(place))
+    assert list(place.iterdir()) == []
 
 
 def test_an_encrypted_model_is_drilled_and_no_command_sees_the_passphrase(filled: Shell, place: Path) -> None:
@@ -256,14 +274,32 @@ def test_a_cache_of_links_inside_the_backup_is_a_whole_model(filled: Shell, plac
     filled("drill", "--source", "cache", "--json", code=1)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_what_could_not_be_backed_up_is_no_proof(filled: Shell, place: Path) -> None:
-    hidden = filled.folder / "model" / "secret.txt"
-    hidden.write_text("x")
-    hidden.chmod(0)
-    filled("backup", "model", "--name", "tiny", code=3)
-    [problem] = problems(filled("drill", "--json", code=1))
-    assert problem.startswith("secret.txt is not in the backup")
+def test_what_could_not_be_backed_up_is_no_proof(filled: Shell, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = filled.folder / "model"
+    real = os.open
+
+    def refuse(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if os.fsencode(path).endswith(b"bad.bin"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path, flags, *rest, **named)
+
+    def drilled() -> Any:
+        repository = opened(filled)
+        with monkeypatch.context() as patched:
+            patched.setattr(read.os, "open", refuse)
+            create(repository, [str(model)], name="tiny")
+        return drill(repository, repository.find_snapshot("latest"), scratch=str(place))
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(model / "socket"))
+        sound = drilled()
+        assert sound.drill.passed
+        assert sound.levels[0].looked.notes == []
+        assert sound.levels[1].looked.notes == [f"socket is not in the backup: {WITHOUT_CONTENT}"]
+        (model / "bad.bin").write_bytes(b"bad")
+        assert drilled().levels[1].looked.problems == [
+            "bad.bin is not in the backup: it could not be read then (Permission denied)"
+        ]
 
 
 # -- L2 ----------------------------------------------------------------------------------------------

@@ -271,9 +271,10 @@ class _Survey:
             return
         tensors = formats.tensors(read, size)
         if kind == "safetensors" and tensors is not None:
-            end = max((each.offset + each.length for each in tensors), default=size)
-            if end != size:
-                self._looked.problem(f"{_shown(path)} has {size - end:,} bytes behind its last tensor")
+            header_bytes = 8 + int.from_bytes(read(0, 8), "little")
+            rest = size - header_bytes - sum(each.length for each in tensors)
+            if rest:  # which the reference implementation refuses too
+                self._looked.problem(f"{_shown(path)} has {rest:,} bytes that belong to no tensor")
         if tensors is None and kind == "torch":
             self._looked.note(f"{_shown(path)}: where its tensors lie is known, not what they are called")
         file = TensorFile(path, kind, tensors, spans)

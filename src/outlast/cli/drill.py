@@ -121,16 +121,22 @@ def _snapshot(
     if source is not None and run is not None:
         raise InvalidInput("--source and --run don't go together; nothing was done.", hint="Give one of them.")
     name = source if source is not None else run
+    if name is None:
+        return call.snapshot(repository, reference or "latest")
     kind = "checkpoint" if run is not None else "backup"
-    if name is not None and not any((each.name, each.kind) == (name, kind) for each in repository.snapshots()):
+    every = [each for each in repository.snapshots() if each.kind == kind]
+    mine = [each for each in every if each.name == name]
+    if not mine:
         if run is not None:
             from outlast.checkpoint.references import no_run
 
             raise no_run(repository, run)
-        names = sorted({printable(each.name) for each in repository.snapshots() if each.kind == "backup"})
+        names = sorted({printable(each.name) for each in every})
         there = f"; there are: {', '.join(names)}" if names else ""
         raise NotFound(f"no backup is named {name}{there}.", hint="`outlast snapshots` lists them.")
-    return call.snapshot(repository, reference or "latest", name)
+    if reference is not None:
+        return call.snapshot(repository, reference, name)
+    return max(reversed(mine), key=lambda each: each.time)
 
 
 def _lines(report: DrillReport, snapshot: Snapshot) -> Iterator[str]:

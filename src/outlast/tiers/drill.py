@@ -9,18 +9,18 @@ of the snapshot, and raises.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import msgspec
 
-from outlast.backup.create import create
+from outlast.backup.create import WITHOUT_CONTENT, create
 from outlast.backup.restore import execute, plan
 from outlast.backup.restore_plan import first_few
 from outlast.checkpoint import doctor, validate
 from outlast.checkpoint.validate import Looked, Structure
-from outlast.errors import Corrupt, InvalidInput, StoreFull
-from outlast.records import Snapshot, path_text, time_ns
+from outlast.errors import Corrupt, InvalidInput, OutlastError, StoreFull
+from outlast.records import Entry, Snapshot, path_text, time_ns
 from outlast.repo.repository import Repository
 from outlast.repo.state import DRILL, Drill
 from outlast.store.layers import open_store
@@ -122,9 +122,23 @@ def drill(
             bytes=levels[_BYTES].looked.bytes,
             problem=_told(levels[-1].looked.problems),
         )
-        body = {"drill": msgspec.to_builtins(found)}
+        time = _write_down(repository, found)
+    return DrillReport(msgspec.structs.replace(found, time=time), levels)
+
+
+def _write_down(repository: Repository, found: Drill) -> str:
+    """Into the log; the time of the entry."""
+    body = {"drill": msgspec.to_builtins(found)}
+    try:
         entry = repository.log.append(DRILL, lambda _: body)
-    return DrillReport(msgspec.structs.replace(found, time=entry.time if entry else ""), levels)
+    except OutlastError as exc:
+        came = f"L{found.level} in {found.rto_seconds:.1f} s" if found.level >= 0 else "no level"
+        failed = f" ({found.problem})" if found.problem else ""
+        raise type(exc)(
+            f"the drill reached {came}{failed}, which could not be written down: {exc.message}", hint=exc.hint
+        ) from exc
+    assert entry is not None
+    return entry.time
 
 
 def _asked(level: int | None, commands: Commands) -> int:
@@ -214,19 +228,25 @@ class _Climb:
         except Corrupt as exc:
             safe = f" {path_text(self._restored)} is untouched."
             return Looked(problems=[exc.message.replace(safe, "")])
-        notes = [f"{each.path}: {each.reason}" for each in report.skipped]
+        lacking = {path_text(entry.raw_path) for entry in self._lacking()}  # L1 tells of them
+        notes = [f"{each.path}: {each.reason}" for each in report.skipped if each.path not in lacking]
         return Looked(files=report.files, bytes=report.bytes, notes=notes)
 
+    def _lacking(self) -> Iterator[Entry]:
+        """What the backup knew that it doesn't have, whole."""
+        if self._snapshot.unreadable + self._snapshot.unstable:
+            for entry in self._repository.entries(self._snapshot):
+                if entry.type == "unreadable" or entry.unstable:
+                    yield entry
+
     def _note_lacking(self, looked: Looked) -> None:
-        """What the backup knew that it doesn't have."""
-        snapshot = self._snapshot
-        if not snapshot.unreadable + snapshot.unstable:
-            return
-        for entry in self._repository.entries(snapshot):
-            if entry.type == "unreadable":
-                looked.problem(f"{entry.path} is not in the backup: it could not be read then ({entry.reason})")
-            elif entry.unstable:
+        for entry in self._lacking():
+            if entry.unstable:
                 looked.note(f"{entry.path} changed while it was backed up")
+            elif entry.reason == WITHOUT_CONTENT:
+                looked.note(f"{entry.path} is not in the backup: {entry.reason}")
+            else:
+                looked.problem(f"{entry.path} is not in the backup: it could not be read then ({entry.reason})")
 
     def _run(self, given: Command | None) -> Looked:
         assert given is not None
