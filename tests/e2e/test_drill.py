@@ -111,7 +111,7 @@ def test_a_drill_that_could_not_be_written_down_says_what_it_came_to(
         raise Refused("this store is read-only.")
 
     monkeypatch.setattr(repository.log, "append", refuse)
-    with pytest.raises(Refused, match="the drill reached L2 in .* s, which could not be written down: this store is"):
+    with pytest.raises(Refused, match=r"the drill reached L2 in .* s, which could not be written down: this store is"):
         drill(repository, repository.snapshots()[0], scratch=str(place))
     assert list(place.iterdir()) == []
 

@@ -19,7 +19,7 @@ TYPES = {
 }  # fmt: skip
 
 
-def counted(dtype: str, data: bytes, piece_bytes: int = 16) -> NotFinite:
+def counted(dtype: str, data: bytes, piece_bytes: int) -> NotFinite:
     def pieces() -> Iterator[bytes]:
         for start in range(0, len(data), piece_bytes):
             yield data[start : start + piece_bytes]
@@ -27,12 +27,13 @@ def counted(dtype: str, data: bytes, piece_bytes: int = 16) -> NotFinite:
     return count(dtype, pieces) or NotFinite(len(data))
 
 
+@pytest.mark.parametrize("piece_bytes", [16, 1 << 20])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_any_bits_are_judged_as_torch_judges_them(dtype: str) -> None:
+def test_any_bits_are_judged_as_torch_judges_them(dtype: str, piece_bytes: int) -> None:
     """All numbers of 8 and 16 bits; of wider ones, random bits with many odd exponents."""
     width = TYPES[dtype].itemsize
     if width <= 2:
-        data = np.arange(1 << (8 * width), dtype=f"<u{width}").tobytes()
+        data = np.arange(1 << (8 * width), dtype=f"<u{width}").tobytes() * (3 if width == 2 else 300)
     else:
         rng = np.random.default_rng(5)
         bits = rng.integers(0, 256, 4096, np.uint8)
@@ -40,7 +41,7 @@ def test_any_bits_are_judged_as_torch_judges_them(dtype: str) -> None:
         bits[rng.random(4096) < 0.3] = 0x7F
         bits[rng.random(4096) < 0.3] = 0
         data = bits.tobytes()
-    found = counted(dtype, data)
+    found = counted(dtype, data, piece_bytes)
     values = torch.frombuffer(bytearray(data), dtype=TYPES[dtype])
     parts = torch.view_as_real(values) if values.is_complex() else values.to(torch.float64)
     nan, above, below = ((parts.isnan()), (parts == math.inf), (parts == -math.inf))
@@ -53,7 +54,7 @@ def test_masks_and_bounds_are_infinite_on_purpose() -> None:
     inf = math.inf
 
     def is_mask(*values: float) -> bool:
-        return counted("F32", np.array(values, "<f4").tobytes(), piece_bytes=8).is_mask
+        return counted("F32", np.array(values, "<f4").tobytes(), 8).is_mask
 
     assert is_mask(0, -inf, -inf, 0, 0)
     assert is_mask(-inf, -inf, 1, 1, 1)

@@ -10,6 +10,8 @@ import numpy as np
 
 from outlast.repo.layout import DTYPE_BITS
 
+_BLOCK = 1 << 16
+
 
 class _Bits(NamedTuple):
     """How a type of floats says it: all bits of the exponent are set, and of the fraction some, or none."""
@@ -77,11 +79,12 @@ def count(dtype: str, pieces: Callable[[], Iterable[bytes]]) -> NotFinite | None
         elements += len(piece) * 8 // DTYPE_BITS[dtype]
         if whole in _WITHOUT_INFINITY:
             mask, what = _WITHOUT_INFINITY[whole]
-            nan += int(np.count_nonzero((np.frombuffer(piece, "u1") & mask) == what))
+            values = np.frombuffer(piece, "u1")
+            for start in range(0, len(values), _BLOCK):
+                nan += int(np.count_nonzero((values[start : start + _BLOCK] & mask) == what))
             continue
         bits = _WITH_INFINITY[whole]
-        values = np.frombuffer(piece, bits.numbers)
-        odd = values[_is_odd(values, bits)]
+        odd = _odd(np.frombuffer(piece, bits.numbers), bits)
         infinite = odd[(odd & bits.fraction) == 0]
         nan += len(odd) - len(infinite)
         negative = int(np.count_nonzero(infinite & bits.sign))
@@ -92,6 +95,16 @@ def count(dtype: str, pieces: Callable[[], Iterable[bytes]]) -> NotFinite | None
     if below and not nan + above:
         found.others_alike = _are_alike(_WITH_INFINITY[whole], pieces())
     return found
+
+
+def _odd(values: np.ndarray[Any, Any], bits: _Bits) -> np.ndarray[Any, Any]:
+    """Those that are not finite. Mostly there are none, which the largest exponent of a block tells."""
+    found = []
+    for start in range(0, len(values), _BLOCK):
+        block = values[start : start + _BLOCK]
+        if (block & bits.exponent).max() == bits.exponent:
+            found.append(block[_is_odd(block, bits)])
+    return np.concatenate(found) if found else values[:0]
 
 
 def _is_odd(values: np.ndarray[Any, Any], bits: _Bits) -> np.ndarray[Any, Any]:

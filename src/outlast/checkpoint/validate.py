@@ -31,7 +31,7 @@ from outlast.repo.formats import Span, Tensor
 
 _PROBLEMS_MAX = 100
 _MASKS_SHOWN = 5
-_JSON_BYTES_MAX = 256 << 20
+_JSON_BYTES_MAX = 64 << 20
 _PIECE_BYTES = 8 << 20
 
 _SAFETENSORS = b".safetensors"
