@@ -422,6 +422,13 @@ def test_a_program_with_arguments_needs_no_shell(filled: Shell, place: Path) -> 
         drill(repository, repository.snapshots()[0], commands=Commands(golden=[]), scratch=str(place))
 
 
+def test_a_command_has_the_environment_it_was_given_and_no_other() -> None:
+    given = {"PATH": "/usr/bin:/bin", "A": "b c", "OUTLAST_PASSPHRASE": PASSPHRASE}
+    assert running.run(["env"], given, 60).tail == "PATH=/usr/bin:/bin | A=b c"
+    assert running.run(["env"], given | {"LC_CTYPE": "C"}, 60).tail.endswith("A=b c | LC_CTYPE=C")
+    assert running.run("kill -PIPE $$", given, 60).code == -signal.SIGPIPE
+
+
 # -- the scratch folder ------------------------------------------------------------------------------
 
 

@@ -24,19 +24,23 @@ _TAIL_BYTES = 16 << 10
 _LINES_SHOWN = 5
 _LINE_CHARACTERS_MAX = 300
 _END_SECONDS = 10.0
-_CANT_START = 127
-# It dies with this process, also by kill -9: prctl(2), PR_SET_PDEATHSIG. Python ignores two signals; it shall not.
+# It dies with this process, also by kill -9: prctl(2), PR_SET_PDEATHSIG. What Python does to itself when it starts, two
+# signals that it ignores and a variable that it may set (PEP 538), is undone.
 _LAUNCH = """
 import ctypes, os, signal, sys
+parent, locale, *words = sys.argv[1:]
 ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
 for each in (signal.SIGPIPE, signal.SIGXFSZ):
     signal.signal(each, signal.SIG_DFL)
-if os.getppid() != int(sys.argv[1]):
+os.environ.pop("LC_CTYPE", None)
+if locale:
+    os.environ["LC_CTYPE"] = locale
+if os.getppid() != int(parent):
     os._exit(137)
 try:
-    os.execvp(sys.argv[2], sys.argv[2:])
+    os.execvp(words[0], words)
 except OSError as exc:
-    os.write(2, f"{sys.argv[2]} can't be started: {exc.strerror}\\n".encode())
+    os.write(2, f"{words[0]} can't be started: {exc.strerror}\\n".encode())
     os._exit(127)
 """
 
@@ -78,7 +82,7 @@ def run(command: Command, environment: Mapping[str, str], timeout_seconds: float
     """
     words = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
     kept = {name: text for name, text in environment.items() if name not in SECRETS}
-    launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *words]
+    launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), kept.get("LC_CTYPE", ""), *words]
     output = _Tail()
     process = subprocess.Popen(
         launch, env=kept, stdin=subprocess.DEVNULL, stdout=output.fd, stderr=output.fd, start_new_session=True
