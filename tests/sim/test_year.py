@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -187,22 +188,18 @@ def judge_drops(observer: Observer, year: Year) -> tuple[int, int]:
 
 def judge_double_work(year: Year) -> None:
     """Two agents never made the same backup: in one tier those of a name lie an interval apart."""
+    first: dict[str, tuple[str, str, Snapshot]] = {}
     for tier, store in year.stores.items():
-        made: dict[str, list[Snapshot]] = {}
-        copies = {
-            each.id
-            for other, its in year.stores.items()
-            if other != tier
-            for each in Repository.open(its, clock=year.clock).snapshots()
-        }
         for entry in entries(Repository.open(store, clock=year.clock)):
             if entry.kind == SNAPSHOT:
                 snapshot = msgspec.convert(entry.body["snapshot"], Snapshot)
-                if tier == "hot" or snapshot.id not in copies:
-                    made.setdefault(snapshot.name, []).append(snapshot)
-        for name, snapshots in made.items():
-            source = year.policy.source(name)
-            assert source is not None
+                first[snapshot.id] = min(
+                    first.get(snapshot.id, ("9", "", snapshot)), (entry.time, tier, snapshot), key=itemgetter(0)
+                )
+    for tier in year.stores:
+        for source in year.policy.sources:
+            name = source.name
+            snapshots = [each for _, at, each in first.values() if (at, each.name) == (tier, name)]
             times = sorted((time_ns(each.time), bool(each.parent)) for each in snapshots)
             for (before, _), (after, is_incremental) in pairwise(times):
                 if is_incremental:

@@ -23,6 +23,7 @@ from outlast.repo.write import Writer
 from outlast.store.layers import own_folder
 
 _PROBLEMS_NAMED_MAX = 1000
+WITHOUT_CONTENT = "it is a socket or a device, which has no content to back up"
 _TRIES = 3
 _RACE_NS = 20_000_000
 """A file changed this shortly before its last backup began may have changed again within one tick
@@ -275,7 +276,7 @@ class _Backup:
         if stat.S_ISFIFO(mode):
             return _entry(found, "fifo")
         if not stat.S_ISREG(mode):
-            return _entry(found, "unreadable", reason="it is a socket or a device, which has no content to back up")
+            return _entry(found, "unreadable", reason=WITHOUT_CONTENT)
         return self._unchanged(writer, found)
 
     def _unchanged(self, writer: Writer, found: Found) -> Entry | None:

@@ -12,7 +12,7 @@ import os
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from outlast.repo.repository import Repository
 VARIABLE = "OUTLAST_PROVE"
 """names a file with an `Order`, for the process that is to prove"""
 
+_REPORT = "report.json"
 _PIECE_BYTES = 4 << 20
 _LOOKED_AT = 20
 _END_SECONDS = 10.0
@@ -52,6 +53,10 @@ class Order(msgspec.Struct, frozen=True):
     after: str = msgspec.field(name="to")
     report: str
     """where it is to leave a `Report`"""
+    place: str = ""
+    """a repository to go on from instead of the run's own: a rehearsal, in which `to` is empty"""
+    steps: int = 0
+    """to be trained in a rehearsal"""
 
 
 class Finding(msgspec.Struct):
@@ -223,21 +228,46 @@ def prove(
     Its standard output goes to standard error. Raises `InvalidInput` where it can't be started.
     """
     with tempfile.TemporaryDirectory(prefix="outlast-prove-") as folder:
-        path, report = os.path.join(folder, "order.json"), os.path.join(folder, "report.json")
-        order = Order(repository.format.id, before.name, before.id, after.id, report)
-        with open(path, "wb") as file:
-            file.write(msgspec.json.encode(order))
-        code = _run(command, {**environment, VARIABLE: path})
-        try:
-            with open(report, "rb") as file:
-                found = msgspec.json.decode(file.read(), type=Report)
-        except FileNotFoundError:
-            reason = f"the command ended with {code}, and no Run of it was resumed"
-            return Report("unproven", reason)
+        order = Order(repository.format.id, before.name, before.id, after.id, os.path.join(folder, _REPORT))
+        code, found = _ordered(order, folder, lambda more: _run(command, {**environment, **more}))
+    if found is None:
+        return Report("unproven", f"the command ended with {code}, and no Run of it was resumed")
     if found.verdict == "begun":
         found.verdict = "unproven"
         found.reason = f"the command ended with {code} before it came to where step {found.step_after} was saved"
     return found
+
+
+def rehearse(
+    place: str, snapshot: Snapshot, steps: int, folder: str, start: Callable[[Mapping[str, str]], int]
+) -> Report | None:
+    """Let a run go on from a checkpoint in the repository at `place`, which needs no passphrase, and train some steps.
+
+    What was given back is compared with what was saved, and where weights were finite they must still be so at the end.
+    The run's own repository is not touched. `start` starts the command that trains, with these variables besides, and
+    gives its exit code; `folder` is for what is told to it and by it. None where no `Run` was resumed in the command.
+    """
+    order = Order("", snapshot.name, snapshot.id, "", os.path.join(folder, _REPORT), place, steps)
+    code, found = _ordered(order, folder, start)
+    if found is not None and found.verdict == "begun":
+        found.verdict = "unproven"
+        found.reason = (
+            f"the command ended with {code} before it had trained {steps} steps, from step {found.step_before} to "
+            f"{found.step_after}"
+        )
+    return found
+
+
+def _ordered(order: Order, folder: str, start: Callable[[Mapping[str, str]], int]) -> tuple[int, Report | None]:
+    path = os.path.join(folder, "order.json")
+    with open(path, "wb") as file:
+        file.write(msgspec.json.encode(order))
+    code = start({VARIABLE: path})
+    try:
+        with open(order.report, "rb") as file:
+            return code, msgspec.json.decode(file.read(), type=Report)
+    except FileNotFoundError:
+        return code, None
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:

@@ -32,6 +32,7 @@ from outlast.errors import InvalidInput, OutlastError, Refused
 from outlast.records import Snapshot
 from outlast.repo.content import RecentChunks
 from outlast.repo.repository import Repository
+from outlast.store.layers import open_store
 
 _FINDINGS_MAX = 200
 _HASHED_BYTES_MAX = 4 << 20
@@ -148,8 +149,9 @@ def ordered(run: str, tier: Tier, ranks: Ranks, state: State, trail: Trail) -> P
             f"{VARIABLE}={path} names no order of `outlast doctor resume`: {exc}; nothing was trained.",
             hint=f"Unset {VARIABLE} to train.",
         ) from exc
-    repository = tier.open(make=False)
-    if repository is None or (repository.format.id, run) != (order.repository, order.run):
+    repository = Repository.open(open_store(order.place)) if order.place else tier.open(make=False)
+    is_same = repository is not None and (order.place or repository.format.id == order.repository)
+    if repository is None or not is_same or run != order.run:
         reason = f"the command resumed the run {run}" + (
             f", not {order.run}" if run != order.run else " in another repository than --repo"
         )
@@ -166,7 +168,9 @@ class Proof:
 
     def __init__(self, order: Order, repository: Repository, ranks: Ranks, state: State, trail: Trail) -> None:
         self._order, self._repository, self._ranks, self._state, self._trail = order, repository, ranks, state, trail
-        self._before, self._after = (repository.find_snapshot(each) for each in (order.before, order.after))
+        self._before = repository.find_snapshot(order.before)
+        self._after = repository.find_snapshot(order.after) if order.after else None
+        """None: some steps are to be trained, and there is nothing to compare them with"""
         self._seen = _Seen()
         self._report = Report("begun", ranks=ranks.size)
         self._end = 0
@@ -184,11 +188,15 @@ class Proof:
 
     def _begin(self) -> int:
         size, rank = self._ranks.size, self._ranks.rank
-        stored, later = self._shelf(self._before), self._shelf(self._after)
+        stored = self._shelf(self._before)
+        later = self._shelf(self._after) if self._after else stored
         facts: Any = later.described.facts
-        self._end = later.described.step
-        self._since = facts.get("since", {})
-        self._was_asked = bool(self._since.get("asked", False))
+        if self._after:
+            self._end = later.described.step
+            self._since = facts.get("since", {})
+            self._was_asked = bool(self._since.get("asked", False))
+        else:
+            self._end = stored.described.step + self._order.steps
         loaded = load(self._repository, self._before, self._state, rank, size)
         self._seen.environment = environment.differences(facts.get("environment", {}), environment.fingerprint())
         self._compare(stored, live.capture(self._state, _accumulating(self._state, stored)), "restored")
@@ -220,6 +228,9 @@ class Proof:
         return pending
 
     def _reach(self, parts: dict[str, Part]) -> int:
+        if self._after is None:
+            self._look(parts)
+            return self._end
         first, now = self._since.get("first_batch"), self._trail.facts(asked=False)["first_batch"]
         if self._since.get("snapshot") == self._before.id and first and now:
             self._seen.first_batch = "same" if first == now else "different"
@@ -227,6 +238,21 @@ class Proof:
                 self._find(Finding("reached", "first batch", "", "", "it is another one", self._ranks.rank))
         self._compare(self._shelf(self._after), parts, "reached")
         return self._end
+
+    def _look(self, parts: dict[str, Part]) -> None:
+        """What is reached can't be compared, but weights that were numbers must be numbers still."""
+        stored = self._shelf(self._before)
+        for key, part in parts.items():
+            for leaf in [*part.leaves, *part.more]:
+                self._seen.tensors += 1
+                self._seen.bytes += leaf.nbytes
+                known = stored.tensors(key).get(leaf.name) if key in stored.parts else None
+                if part.kind != "module" or known is None or not leaf.tensor.is_floating_point():
+                    continue
+                odd = leaf.tensor.numel() - int(torch.isfinite(leaf.tensor).sum())
+                if odd and bool(torch.isfinite(stored.read(known)).all()):
+                    what = f"after {self._order.steps} steps {odd:,} of {leaf.tensor.numel():,} elements are not finite"
+                    self._find(Finding("reached", "model", key, leaf.name, what, self._ranks.rank))
 
     def _all(self, work: Callable[[], int]) -> int:
         """The work on all ranks. Where it fails on one, the process is left."""

@@ -58,8 +58,12 @@ def describe(files: Mapping[str, Entry], chunks: RecentChunks, snapshot: Snapsho
     entry = files.get(STATE_FILE)
     if entry is None:
         raise Refused(f"snapshot {snapshot.id[:8]} is no checkpoint of a training state: it has no {STATE_FILE}.")
+    return described_by(read(entry, chunks), snapshot)
+
+
+def described_by(data: bytes, snapshot: Snapshot) -> Description:
+    """What the bytes of such a file say; see `describe`."""
     what = f"{STATE_FILE} of checkpoint {snapshot.id[:8]}"
-    data = read(entry, chunks)
     found = parse(data, _Versioned, what)
     if found.version != STATE_VERSION:
         raise Refused(f"{what} is of version {found.version}, and this program knows {STATE_VERSION}.")

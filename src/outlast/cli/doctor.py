@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from outlast.testing.conformance import CheckResult
 
 # As this program was started with: `main` sets a variable for itself, which would change a training's numbers.
-_ENVIRONMENT = dict(os.environ)
+ENVIRONMENT = dict(os.environ)
 
 
 @click.group(cls=Group)
@@ -119,7 +119,7 @@ def resume(call: Call, run: str, command: Sequence[str]) -> int:
             f"{before.tags['step']} to {short_id(after.id)} of step {after.tags['step']}.",
             err=True,
         )
-    report = proving.prove(repository, before, after, command, _ENVIRONMENT)
+    report = proving.prove(repository, before, after, command, ENVIRONMENT)
     first = proving.first(report) if report.verdict == "differs" else ""
     document["proof"] = {"from": before.id, "to": after.id, "first": first, **msgspec.to_builtins(report)}
     call.result(document, [*lines, *_verdict_lines(report, first)], always=True)

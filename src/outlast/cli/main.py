@@ -13,7 +13,20 @@ import click
 
 from outlast import __version__
 from outlast.cli import agent as agents
-from outlast.cli import checking, collect, config, copies, doctor, exchange, keys, look, protect, repository, runs
+from outlast.cli import (
+    checking,
+    collect,
+    config,
+    copies,
+    doctor,
+    drill,
+    exchange,
+    keys,
+    look,
+    protect,
+    repository,
+    runs,
+)
 from outlast.cli.command import Group, Options, make_printer, tell, terminate
 
 
@@ -38,6 +51,7 @@ app.add_command(keys.key)
 app.add_command(copies.copy)
 app.add_command(repository.repo)
 app.add_command(doctor.doctor)
+app.add_command(drill.drill)
 app.add_command(runs.runs)
 app.add_command(config.config)
 for command in (agents.plan, agents.agent, agents.status):
