@@ -15,6 +15,7 @@ import click
 from outlast.cli.command import FAILED, PARTLY_DONE, Call, Command
 from outlast.cli.text import count_text, printable, size_text, table, time_text
 from outlast.clock import SYSTEM_CLOCK
+from outlast.errors import NotFound, OutlastError
 
 if TYPE_CHECKING:
     from outlast.config import Config
@@ -40,6 +41,36 @@ def load(call: Call, given: str | None) -> Config:
     for warning in found.warnings:
         call.printer.warn(warning.text(found.path))
     return found
+
+
+def is_by_config(call: Call, config: str | None) -> bool:
+    """Whether a command is to go by outlast.yaml: it is named, or is there and no repository is named."""
+    from outlast.config import FILE, VARIABLE
+
+    if config is not None:
+        return True
+    named = call.options.repo or os.environ.get("OUTLAST_REPO")
+    return not named and (bool(os.environ.get(VARIABLE)) or os.path.exists(FILE))
+
+
+def tier_of(call: Call, policy: Policy, tier: str | None, reference: str, name: str | None) -> Repository:
+    """The repository of a tier; without its name that of the nearest that holds the snapshot. Raises `NotFound`."""
+    every = places(call, policy)
+    if tier is not None:
+        names = [each.name for each in policy.tiers]
+        if tier not in names:
+            raise NotFound(f"there is no tier {tier}; there are: {', '.join(names)}.")
+        return every.repository(tier)
+    failure: OutlastError | None = None
+    for each in policy.tiers:
+        try:
+            repository = every.repository(each.name)
+            call.snapshot(repository, reference, name)
+            return repository
+        except OutlastError as exc:
+            failure = failure or exc
+    assert failure is not None
+    raise failure
 
 
 def places(call: Call, policy: Policy) -> Places:

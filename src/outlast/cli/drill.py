@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from outlast.cli.agent import CONFIG, is_by_config, load, tier_of
 from outlast.cli.command import CORRUPT, FAILED, Argument, Call, Command
 from outlast.cli.doctor import ENVIRONMENT
 from outlast.cli.text import (
@@ -43,6 +44,8 @@ _SHOWN = 10
 )
 @click.option("--source", metavar="NAME", help="The latest backup of this name.")
 @click.option("--run", metavar="NAME", help="The latest checkpoint of this training run.")
+@click.option("--tier", metavar="NAME", help="From this tier of outlast.yaml. Default: the nearest that has it.")
+@CONFIG
 @click.option(
     "--level",
     metavar="L0..L5",
@@ -66,6 +69,8 @@ def drill(
     reference: str | None,
     source: str | None,
     run: str | None,
+    tier: str | None,
+    config: str | None,
     level: str | None,
     golden: str | None,
     quality: str | None,
@@ -77,18 +82,29 @@ def drill(
     """Rehearse a restore, measure how long it takes, and write it down in the log.
 
     The snapshot is restored into a scratch folder, which is removed afterwards. A COMMAND is a line for the shell; it
-    finds the folder in OUTLAST_RESTORED, and passes with exit code 0. 20: not even the bytes came back; 1: a higher
+    finds the folder in OUTLAST_RESTORED, and passes with exit code 0. With outlast.yaml, and no repository named, level
+    and commands are those of its source where they are not given. 20: not even the bytes came back; 1: a higher
     level was not reached.
     """
     import msgspec
 
     from outlast.tiers.drill import Commands
     from outlast.tiers.drill import drill as hold
+    from outlast.tiers.policy import DrillPolicy
 
     asked = None if level is None else _level(level)
-    commands = Commands(golden, quality, resume, span_seconds("--time-limit", time_limit))
-    repository = call.repository()
-    snapshot = _snapshot(call, repository, reference, source, run)
+    if tier is not None or is_by_config(call, config):
+        policy = load(call, config).policy
+        repository = tier_of(call, policy, tier, reference or "latest", source or run)
+        snapshot = _snapshot(call, repository, reference, source, run)
+        known = policy.source(snapshot.name)
+        stated = (known.drill if known else policy.run_drill) or DrillPolicy()
+        golden, quality, resume = golden or stated.golden, quality or stated.quality, resume or stated.resume
+        asked = stated.level if asked is None else asked
+    else:
+        repository = call.repository()
+        snapshot = _snapshot(call, repository, reference, source, run)
+    commands = Commands(golden or None, quality or None, resume or None, span_seconds("--time-limit", time_limit))
     report = hold(
         repository,
         snapshot,

@@ -56,7 +56,7 @@ class Condemned(msgspec.Struct, frozen=True):
 
 class Drill(msgspec.Struct, frozen=True, omit_defaults=True):
     """A rehearsed restore, as the log tells it. Levels: 0 bytes, 1 structure, 2 values, 3 golden outputs, 4 quality on
-    a pinned test set, 5 resumed training; each needs those below it."""
+    a pinned test set, 5 resumed training; each needs those below it, but for 3 and 4 without a command."""
 
     snapshot: str
     name: str

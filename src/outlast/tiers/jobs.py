@@ -98,7 +98,7 @@ class Job:
             self._tell("job.left", task, f"is left to others: {exc.message}")
         except (OutlastError, OSError) as exc:
             self.failures += 1
-            if isinstance(exc, StoreFull):
+            if isinstance(exc, StoreFull) and task.kind in ("backup", "copy"):
                 self._board.note_full(task.tier, now_ns)
             count = self._failed.get(key, (0, 0))[0] + 1
             wait = min(_RETRY_SECONDS_MAX, _RETRY_SECONDS * 2 ** (count - 1))

@@ -10,7 +10,7 @@ import msgspec
 from outlast.backup.create import create
 from outlast.backup.origin import RepositoryOrigin
 from outlast.backup.repair import repair
-from outlast.errors import Corrupt, OutlastError
+from outlast.errors import Corrupt
 from outlast.records import Snapshot
 from outlast.repo import forget, prune
 from outlast.repo.copy import copy
@@ -18,6 +18,7 @@ from outlast.repo.prove import prove
 from outlast.repo.prune_plan import Policy as PrunePolicy
 from outlast.repo.repository import Repository
 from outlast.repo.state import PROVEN, State
+from outlast.tiers.drill import Commands, drill
 from outlast.tiers.due import Task
 from outlast.tiers.places import Places
 
@@ -121,7 +122,14 @@ def _drop(task: Task, places: Places, repository: Repository) -> Done:
 
 
 def _drill(task: Task, places: Places, repository: Repository) -> Done:
-    raise OutlastError("drills are not there yet.")
+    source = places.policy.source(task.name)
+    policy = source.drill if source else places.policy.run_drill
+    assert policy is not None
+    commands = Commands(policy.golden or None, policy.quality or None, policy.resume or None)
+    held = drill(repository, _snapshots(task, repository)[0], level=policy.level, commands=commands).drill
+    problems = () if held.passed else (f"the drill of {held.name} did not reach L{held.asked}: {held.problem}",)
+    text = f"restored {held.bytes:,} bytes of {held.name} in {held.rto_seconds:.1f} s, L{max(held.level, 0)} reached"
+    return Done(task, text if held.level >= 0 else "no level was reached", problems, task.snapshots, held.bytes)
 
 
 def _count(snapshots: Sequence[str]) -> str:
