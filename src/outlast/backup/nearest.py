@@ -9,6 +9,7 @@ have the id.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from threading import Lock
 
@@ -61,9 +62,10 @@ class _Place:
     def __init__(self, repository: Repository, names: _Names, snapshot: Snapshot | None) -> None:
         self.repository = repository
         self.where = repository.store.url
+        """unique among them"""
         self.names = names
         self.snapshot = snapshot
-        self.read = Source(self.where)
+        self.read = Source("")
         """what `get_chunk` took from here"""
         self.failed = 0
         self.problem: OutlastError | None = None
@@ -112,12 +114,15 @@ class Nearest:
         `latest` is the one of the latest time in all of them. Raises `NotFound` or `InvalidInput`.
         """
         found = Together(repositories).find_snapshot(snapshot, name) if isinstance(snapshot, str) else snapshot
-        self.repositories = list({each.store.url: each for each in reversed(repositories)}.values())[::-1]
+        once = {(each.format.id, each.store.url): each for each in reversed(repositories)}
+        self.repositories = list(once.values())[::-1]
         names: dict[bytes | None, _Names] = {}
         self._places: list[_Place] = []
         for each in self.repositories:
             mine = names.setdefault(each.keys.id_key if each.keys else None, _Names())
             place = _Place(each, mine, each.state.snapshots.get(found.id))
+            same = sum(other.repository.store.url == place.where for other in self._places)
+            place.where += f" ({same + 1})" if same else ""  # as with stores in memory
             self._places.append(place)
             if place.snapshot is not None:
                 mine.holders.append(place)
@@ -133,6 +138,7 @@ class Nearest:
         if len(leaders) > 1:
             self._lead = next((each for each in leaders if self._can_lead(each, leaders)), leaders[0])
         self._lead.pairs = None
+        self._others = [each for each in leaders if each is not self._lead]
         first = self._lead.holders[0]
         self.snapshot = first.snapshot_there
         self.keys, self.sums = first.repository.keys, first.repository.sums
@@ -140,7 +146,7 @@ class Nearest:
     @property
     def read(self) -> list[Source]:
         """What `get_chunk` took from where."""
-        return [msgspec.structs.replace(each.read, failed=each.failed) for each in self._places]
+        return [msgspec.structs.replace(each.read, where=each.where, failed=each.failed) for each in self._places]
 
     def sources(self, given: dict[str, Source]) -> list[Source]:
         """All places in their order, with what each of them gave and how often it failed."""
@@ -155,7 +161,23 @@ class Nearest:
         """As `Repository.entries`. Raises `InvalidInput` for another snapshot than the one chosen."""
         if snapshot.id != self.snapshot.id:
             raise InvalidInput(f"this is about snapshot {self.snapshot.id[:12]}, not {snapshot.id[:12]}.")
-        return self._entries(self._lead)
+        done = 0
+        try:
+            for entry in self._entries(self._lead):
+                done += 1
+                yield entry
+            return
+        except OutlastError as exc:
+            problem = exc
+        for other in self._others:
+            with suppress(OutlastError, KeyError):
+                back = other.pairs.reversed() if other.pairs else Pairs()
+                for entry in islice(self._entries(other), done, None):
+                    chunks = [(back[bytes.fromhex(chunk)].hex(), length) for chunk, length in entry.chunks]
+                    done += 1
+                    yield msgspec.structs.replace(entry, chunks=chunks, sums=[])
+                return
+        raise problem
 
     def find_snapshot(self, reference: str, name: str | None = None) -> Snapshot:
         """The one chosen, as the place has it whose manifest is followed, if it is what the reference means."""

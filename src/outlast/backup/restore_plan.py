@@ -345,7 +345,8 @@ class _Survey:
         self._metadata = Metadata()
         self._target: Folder | None = None
         self._staging: Folder | None = None
-        self._sources = {each.store.url: Source(each.store.url) for each in places(repository)}
+        from_ = repository.sources({}) if isinstance(repository, Nearest) else [Source(repository.store.url)]
+        self._sources = {each.where: each for each in from_}
         self._first = next(iter(self._sources.values()))
         self._present = Source(shown(result.target))
         self._counted: set[int] = set()

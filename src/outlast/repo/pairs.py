@@ -43,6 +43,15 @@ class Pairs:
             at += 1
         return None
 
+    def reversed(self) -> Pairs:
+        """New -> old."""
+        found = Pairs()
+        for row in self._rows:
+            found.put(row[32:].tobytes(), row[:32].tobytes())
+        for old, new in self._recent.items():
+            found.put(new, old)
+        return found
+
     def put(self, old: bytes, new: bytes) -> None:
         if self.get(old) is None:
             self._recent[old] = new
