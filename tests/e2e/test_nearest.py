@@ -485,7 +485,7 @@ def test_the_command_says_where_each_byte_came_from(filled: Shell) -> None:
             pack.chmod(0o600)
             pack.write_bytes(bytes(each ^ 1 for each in pack.read_bytes()))
     planned = filled("restore", "latest", "--to", "out", "--also", "cold", "--dry-run")
-    assert "It would come from" not in planned.out or "cold" in planned.out
+    assert "It would come from " in planned.out and "/cold: " in planned.out
     ran = filled("restore", "latest", "--to", "out", "--also", "nowhere", "--also", "cold", "--json")
     assert (filled.folder / "out" / "model.safetensors").read_bytes() == (
         filled.folder / "model" / "model.safetensors"

@@ -323,13 +323,14 @@ def _restore_lines(report: RestoreReport, snapshot: Snapshot, to: str) -> Iterat
 
 def _sources_text(sources: Sequence[Source], target: str) -> str:
     """Empty where there is nothing to tell apart."""
+    repositories = [each for each in sources if each.where != target]
     parts = []
-    for each in sources:
-        where = "already there" if each.where == target else printable(each.where) or "nowhere"
+    for each in repositories:
         failed = f" ({count_text(each.failed, 'chunk')} could not be had there)" if each.failed else ""
         if each.bytes or failed:
-            parts.append(f"{where}: {size_text(each.bytes)}{failed}")
-    return "; ".join(parts) if len(parts) > 1 or any(each.failed for each in sources) else ""
+            parts.append(f"{printable(each.where) or 'nowhere'}: {size_text(each.bytes)}{failed}")
+    there = [f"already there: {size_text(each.bytes)}" for each in sources if each.where == target and each.bytes]
+    return "; ".join(parts + there) if parts and (there or len(repositories) > 1) else ""
 
 
 def _plan_document(plan: RestorePlan, actions: list[Action]) -> dict[str, Any]:
