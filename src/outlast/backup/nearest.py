@@ -23,6 +23,7 @@ from outlast.repo.naming import Together
 from outlast.repo.pairs import Pairs, pair_up
 from outlast.repo.read import Failed
 from outlast.repo.repository import Repository
+from outlast.repo.seal import Keys
 
 Plain = bytes | memoryview
 
@@ -131,6 +132,7 @@ class Nearest:
             where = ", ".join(each.where for each in self._places) or "no repository"
             raise NotFound(f"snapshot {found.id[:12]} is not in {where}.", hint="`outlast snapshots` lists what is.")
         self.clock, self.sink = repositories[0].clock, repositories[0].sink
+        self.keys: Keys | None = None
         self._turn = Lock()
         # First the one whose names a plan that was made earlier may hold.
         leaders.sort(key=lambda each: found.manifest not in [place.snapshot_there.manifest for place in each.holders])
@@ -209,6 +211,7 @@ class Nearest:
 
     def _can_lead(self, names: _Names, leaders: Sequence[_Names]) -> bool:
         """Learn what its chunks are called elsewhere; False where its own manifest can't be read."""
+        self.keys = names.holders[0].repository.keys
         for other in leaders:
             if other is names:
                 continue
