@@ -20,6 +20,7 @@ import msgspec
 
 from outlast.backup.folder import Folder, Metadata, exchange, remove_tree, sync_everything, sync_folder
 from outlast.backup.merge import make_durable, merge
+from outlast.backup.nearest import Holder, Nearest, Source
 from outlast.backup.restore_plan import (
     HASHING_THREADS,
     RestorePlan,
@@ -35,7 +36,6 @@ from outlast.backup.restore_plan import (
 from outlast.backup.staging import Staging
 from outlast.errors import Busy, Corrupt, OutlastError, Refused, StoreFull, Unavailable
 from outlast.events import Event
-from outlast.repo.repository import Repository
 
 __all__ = ["RestorePlan", "RestoreReport", "Skipped", "execute", "plan"]
 
@@ -77,6 +77,11 @@ class RestoreReport(msgspec.Struct):
     """of a restore of tensors: their names in the file"""
     renamed: dict[str, str] = {}
     """of those tensors, the ones that have another name there than in the snapshot, and that name"""
+    sources: list[Source] = []
+    """how much came from where: the repositories in the order given, and last the target, where something was right
+    there already. With `bytes_holes` they add up to `bytes`; of tensors they say what was read"""
+    bytes_holes: int = 0
+    """of sparse files: zeros that come from nowhere"""
 
 
 class _Journal(msgspec.Struct):
@@ -89,7 +94,7 @@ class _Journal(msgspec.Struct):
     """where the old folder is to go; empty: it is removed"""
 
 
-def execute(repository: Repository, plan: RestorePlan) -> RestoreReport:
+def execute(repository: Holder, plan: RestorePlan) -> RestoreReport:
     """Carry out a plan. Whatever it raises, the target is as it was and the next try continues.
 
     Raises `Busy`, `Corrupt` (naming the files that can't be had), `StoreFull`, `Refused`, `Unavailable`.
@@ -107,12 +112,14 @@ def execute(repository: Repository, plan: RestorePlan) -> RestoreReport:
                 )
             built = _build(repository, plan, metadata)
             fetched, skipped = built.bytes_fetched, built.skipped
+            sources = _sources(repository, built)
             if plan.mode == "merge":
                 kept_files = _merge(repository, plan, built, metadata, stage)
             else:
                 kept = _put_in_place(repository, plan, lock, built, stage) or kept
         else:
             skipped = _without_content(repository, plan)
+            sources = plan.sources
             if plan.is_building:
                 remove_tree(plan.staging)
             if plan.mode == "merge":
@@ -135,7 +142,17 @@ def execute(repository: Repository, plan: RestorePlan) -> RestoreReport:
         ],
         kept_files=kept_files,
         path=shown(plan.target),
+        sources=sources,
+        bytes_holes=plan.bytes_holes,
     )
+
+
+def _sources(repository: Holder, built: Staging) -> list[Source]:
+    if isinstance(repository, Nearest):
+        found = repository.sources(built.given)
+    else:
+        found = [msgspec.structs.replace(built.given.get("", Source("")), where=repository.store.url)]
+    return [*found, built.present] if built.present.chunks else found
 
 
 # -- one restore at a time ---------------------------------------------------------------------------
@@ -211,7 +228,7 @@ def make_parents(path: bytes) -> None:
         path = above
 
 
-def _finish_swap(repository: Repository, plan: RestorePlan, lock: int) -> bytes:
+def _finish_swap(repository: Holder, plan: RestorePlan, lock: int) -> bytes:
     """Put away the old folder of a restore that was killed right after its swap; returns where it went."""
     text = os.pread(lock, _JOURNAL_BYTES_MAX, 0)
     if not text:
@@ -256,7 +273,7 @@ def _named(target: bytes, journal: _Journal) -> tuple[bytes, bytes] | None:
     return (staging, kept) if not kept or is_kept_name(target, kept) else None
 
 
-def _without_content(repository: Repository, plan: RestorePlan) -> dict[bytes, str]:
+def _without_content(repository: Holder, plan: RestorePlan) -> dict[bytes, str]:
     """What of the snapshot is not in a target that is otherwise right, and why."""
     found: dict[bytes, str] = {}
     for raw, entry in plan.entries(repository):
@@ -267,7 +284,7 @@ def _without_content(repository: Repository, plan: RestorePlan) -> dict[bytes, s
     return found
 
 
-def _rescue(repository: Repository, plan: RestorePlan) -> bytes:
+def _rescue(repository: Holder, plan: RestorePlan) -> bytes:
     """Put away what has the name of the staging folder and isn't one; returns where it went.
 
     It is the user's old folder, if a restore was killed after its swap and the journal is lost.
@@ -295,7 +312,7 @@ def _mark(plan: RestorePlan) -> None:
     sync_folder(os.path.dirname(plan.marker))
 
 
-def _clear_away(repository: Repository, plan: RestorePlan, old: bytes, kept_as: bytes) -> bytes:
+def _clear_away(repository: Holder, plan: RestorePlan, old: bytes, kept_as: bytes) -> bytes:
     """Put the old folder away after a swap: the target is right, so a failure is only a warning."""
     try:
         return _put_away(old, kept_as)
@@ -329,7 +346,7 @@ def _put_away(old: bytes, kept_as: bytes) -> bytes:
 # -- build and swap ----------------------------------------------------------------------------------
 
 
-def _build(repository: Repository, plan: RestorePlan, metadata: Metadata) -> Staging:
+def _build(repository: Holder, plan: RestorePlan, metadata: Metadata) -> Staging:
     """Everything into the staging folder, durable."""
     resumed = _open_staging(plan)
     _warn_of_space(repository, plan)
@@ -369,7 +386,7 @@ def _open_staging(plan: RestorePlan) -> bool:
     return resumed
 
 
-def _warn_of_space(repository: Repository, plan: RestorePlan) -> None:
+def _warn_of_space(repository: Holder, plan: RestorePlan) -> None:
     free = _free_bytes(plan.target)
     if plan.bytes_to_fetch > free:
         reason = f"{plan.bytes_to_fetch} bytes are to be written, and {free} are free at {shown(plan.target)}."
@@ -382,19 +399,18 @@ def _free_bytes(target: bytes) -> int:
 
 
 def _lost(plan: RestorePlan, lost: dict[str, OutlastError]) -> OutlastError:
-    for error in lost.values():
-        if error.retryable:
-            return error
-    cause = next(iter(lost.values()))
-    return Corrupt(
+    cause = next((each for each in lost.values() if each.retryable), next(iter(lost.values())))
+    kind = type(cause) if cause.retryable else Corrupt
+    rest = "What" if cause.retryable else "The others can be restored with `--include`; what"
+    return kind(
         f"{len(lost)} of {plan.files} files can't be restored: {first_few(sorted(lost))}. "
-        f"The first reason: {cause.message} {shown(plan.target)} is untouched.",
-        hint=f"{cause.hint} The others can be restored with `--include`; what was fetched is kept in "
+        f"{'The' if cause.retryable else 'The first'} reason: {cause.message} {shown(plan.target)} is untouched.",
+        hint=f"{cause.hint} {rest} was fetched is kept in "
         f"{shown(plan.staging)} and used by the next restore of this snapshot to this place.".strip(),
     )
 
 
-def _merge(repository: Repository, plan: RestorePlan, built: Staging, metadata: Metadata, stage: Stage) -> int:
+def _merge(repository: Holder, plan: RestorePlan, built: Staging, metadata: Metadata, stage: Stage) -> int:
     """The files go to their places one by one; returns how many old ones are kept."""
     what = shown(plan.target)
     stage.safe = f"Each file in {what} is whole: some are restored already, the others as they were."
@@ -404,7 +420,7 @@ def _merge(repository: Repository, plan: RestorePlan, built: Staging, metadata: 
     return kept_files
 
 
-def _put_in_place(repository: Repository, plan: RestorePlan, lock: int, built: Staging, stage: Stage) -> bytes:
+def _put_in_place(repository: Holder, plan: RestorePlan, lock: int, built: Staging, stage: Stage) -> bytes:
     """The moment at which the target changes; returns where what it replaced is kept."""
     parent, what = os.path.dirname(plan.target), shown(plan.target)
     if plan.mode == "new":

@@ -15,13 +15,14 @@ import msgspec
 
 from outlast import records
 from outlast.backup.folder import Folder, Metadata, mount_below
+from outlast.backup.nearest import Holder, Nearest, Source, places
 from outlast.backup.selection import matcher
 from outlast.backup.verify import Place, holes_are_zero, wrong_places
 from outlast.errors import InvalidInput, NotFound, Refused
 from outlast.events import Event
 from outlast.records import Entry, Snapshot
 from outlast.repo.manifest import validated
-from outlast.repo.repository import Repository, chunk_offsets
+from outlast.repo.repository import chunk_offsets
 from outlast.store.layers import own_folder
 
 BATCH_CHUNKS = 1 << 17
@@ -71,8 +72,12 @@ class RestorePlan(msgspec.Struct):
     extra_files: int = 0
     """files and empty folders that only the target has, and that a swap removes or moves away"""
     extra_bytes: int = 0
+    sources: list[Source] = []
+    """how much would come from where, last what is in the target; `where` is "" of what no index tells of"""
+    bytes_holes: int = 0
+    """of sparse files: zeros that come from nowhere"""
 
-    def entries(self, repository: Repository) -> Iterator[Selected]:
+    def entries(self, repository: Holder) -> Iterator[Selected]:
         """What is to be restored, in `path_order`."""
         if self.kept is not None:
             return iter(self.kept)
@@ -154,7 +159,7 @@ def shown(path: bytes) -> str:
 
 
 def plan(
-    repository: Repository,
+    repository: Holder,
     snapshot: Snapshot | str,
     target: bytes | str,
     *,
@@ -244,8 +249,12 @@ def _check_target(path: bytes) -> bool:
     return os.path.isdir(path)
 
 
-def _check_repository(repository: Repository, path: bytes, mode: str) -> None:
-    folder = own_folder(repository.store)
+def _check_repository(repository: Holder, path: bytes, mode: str) -> None:
+    for each in places(repository):
+        _check_place(own_folder(each.store), path, mode)
+
+
+def _check_place(folder: bytes | None, path: bytes, mode: str) -> None:
     if folder is None:
         return
     if (path + b"/").startswith(folder + b"/"):
@@ -259,7 +268,7 @@ def _check_repository(repository: Repository, path: bytes, mode: str) -> None:
         )
 
 
-def _warn_of_source(repository: Repository, snapshot: Snapshot, path: bytes) -> None:
+def _warn_of_source(repository: Holder, snapshot: Snapshot, path: bytes) -> None:
     if snapshot.host != socket.gethostname():
         return
     for source in snapshot.sources:
@@ -282,7 +291,7 @@ def batches(entries: Iterator[Selected]) -> Iterator[list[Selected]]:
         yield batch
 
 
-def selected(repository: Repository, snapshot: Snapshot, include: Sequence[str]) -> Iterator[Selected]:
+def selected(repository: Holder, snapshot: Snapshot, include: Sequence[str]) -> Iterator[Selected]:
     """(path, entry) in `path_order`, checked; with `include` those that fit and the folders they are in.
 
     A hard link that fits while its target does not takes the target's content over.
@@ -316,7 +325,7 @@ def selected(repository: Repository, snapshot: Snapshot, include: Sequence[str])
             yield raw, entry
 
 
-def checked(repository: Repository, snapshot: Snapshot) -> Iterator[Selected]:
+def checked(repository: Holder, snapshot: Snapshot) -> Iterator[Selected]:
     """The manifest, refused with `Corrupt` as soon as an entry could reach outside the target."""
     return validated(repository.entries(snapshot), snapshot.id)
 
@@ -329,13 +338,17 @@ def why_without_content(entry: Entry) -> str:
 class _Survey:
     """Compares the selected entries with the target and with what a killed restore left."""
 
-    def __init__(self, repository: Repository, result: RestorePlan, note: Callable[[Action], object] | None) -> None:
+    def __init__(self, repository: Holder, result: RestorePlan, note: Callable[[Action], object] | None) -> None:
         self._repository = repository
         self._plan = result
         self._note = note or (lambda action: None)
         self._metadata = Metadata()
         self._target: Folder | None = None
         self._staging: Folder | None = None
+        from_ = repository.sources({}) if isinstance(repository, Nearest) else [Source(repository.store.url)]
+        self._sources = {each.where: each for each in from_}
+        self._first = next(iter(self._sources.values()))
+        self._present = Source(shown(result.target))
         self._counted: set[int] = set()
         """the first eight bytes of each chunk id, as a number: a third of the memory of its text"""
         self._unreadable: set[bytes] = set()
@@ -359,6 +372,7 @@ class _Survey:
                     self._survey(batch, pool)
                     kept = None if number else batch
             plan.kept = kept
+            plan.sources = [*self._sources.values(), *([self._present] if self._present.chunks else [])]
             if plan.mode == "swap":
                 self._note_extra(b"")
             if self._target is not None and self._all_right:
@@ -400,8 +414,11 @@ class _Survey:
         fetched = 0
         for _, (chunk, length) in to_fetch:
             number = int(chunk[:16], 16)
+            source = self._source(chunk)
+            source.bytes += length
             if number not in self._counted:
                 self._counted.add(number)
+                source.chunks += 1
                 fetched += length
         present = not in_target and self._is_right(raw, entry)
         if not present:
@@ -410,9 +427,18 @@ class _Survey:
         plan.bytes += entry.size
         content = sum(length for _, length in entry.chunks)
         plan.bytes_present += entry.size if present else content - lacking
+        plan.bytes_holes += entry.size - content
+        self._present.bytes += content - lacking
+        self._present.chunks += len(entry.chunks) - len(to_fetch)
         plan.bytes_to_fetch += fetched
         new = lacking == content and raw not in plan.reuse
         self._note((entry.path, entry.size, fetched, "present" if present else "new" if new else "repair"))
+
+    def _source(self, chunk: str) -> Source:
+        if not isinstance(self._repository, Nearest):
+            return self._first
+        where = self._repository.where(bytes.fromhex(chunk))
+        return self._sources.setdefault(where, Source(where))
 
     def _note_other(self, raw: bytes, entry: Entry) -> None:
         plan = self._plan

@@ -8,13 +8,14 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from outlast.backup.folder import Folder, Metadata, begin_writeback
-from outlast.backup.restore_plan import RestorePlan, Selected, why_without_content
+from outlast.backup.nearest import Holder, Source
+from outlast.backup.restore_plan import RestorePlan, Selected, shown, why_without_content
 from outlast.backup.verify import Place, holes_are_zero, wrong_places
 from outlast.clock import Clock
 from outlast.errors import Corrupt, OutlastError
 from outlast.events import EventSink, Progress
 from outlast.records import Entry
-from outlast.repo.repository import Repository, chunk_offsets
+from outlast.repo.repository import chunk_offsets
 
 BIG_BYTES = 1 << 20
 """Files from this size on are flushed while others are still being fetched."""
@@ -63,7 +64,7 @@ class Staging:
 
     def __init__(
         self,
-        repository: Repository,
+        repository: Holder,
         plan: RestorePlan,
         folder: Folder,
         old: Folder | None,
@@ -91,6 +92,9 @@ class Staging:
         self.carried_over = True
         """whether everything that the snapshot has no content for was taken along from the old folder"""
         self.bytes_fetched = 0
+        self.present = Source(shown(plan.target))
+        """what was right in the target already, or in what a killed restore left"""
+        self.given: dict[str, Source] = {}
         self.meter = Meter(repository.sink, repository.clock, plan.bytes, plan.files)
 
     def add(self, batch: list[Selected]) -> None:
@@ -106,6 +110,7 @@ class Staging:
                 self.skipped[raw] = why_without_content(entry)
             elif raw in self._plan.right:
                 self.meter.add(entry.size, 1)
+                self._note_present(entry, [])
             elif entry.type == "file":
                 files.append((raw, entry))
             elif entry.type == "hardlink":
@@ -114,12 +119,19 @@ class Staging:
             else:
                 self._make_special(raw, entry)
         for (raw, entry), (places, there) in zip(files, self._reuse(files), strict=True):
+            self._note_present(entry, places)
             self._want(raw, entry, places, there=there)
         wanted = self._wanted
         if wanted:
             self._repository.fetch(list(wanted), self._deliver, self._failed)
         self._wanted = {}
         self._folder.release()
+
+    def _note_present(self, entry: Entry, lacking: list[Place]) -> None:
+        if len(lacking) < len(entry.chunks):
+            content = sum(length for _, length in entry.chunks)
+            self.present.bytes += content - sum(length for _, (_, length) in lacking)
+            self.present.chunks += len(entry.chunks) - len(lacking)
 
     def check_links(self) -> None:
         """Hard links whose first name can't be had go to `skipped` or to `lost`; call it after the last `add`."""
@@ -292,7 +304,7 @@ class Staging:
         for offset, (chunk, length) in places:
             self._wanted.setdefault(bytes.fromhex(chunk), []).append((file, offset, length))
 
-    def _deliver(self, chunk: bytes, plain: bytes | memoryview) -> None:
+    def _deliver(self, chunk: bytes, plain: bytes | memoryview, where: str = "") -> None:
         """Write a chunk everywhere it belongs; called from several threads."""
         done_bytes = done_files = 0
         for file, offset, length in self._wanted[chunk]:
@@ -307,6 +319,9 @@ class Staging:
                 done_files += self._write_part(file, offset, plain)
         with self._lock:
             self.bytes_fetched += len(plain)
+            source = self.given.get(where) or self.given.setdefault(where, Source(where))
+            source.bytes += done_bytes
+            source.chunks += 1
             self.meter.add(done_bytes, done_files)
 
     def _write_whole(self, file: _File, plain: bytes | memoryview) -> None:

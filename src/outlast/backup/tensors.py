@@ -12,6 +12,7 @@ import blake3
 import msgspec
 
 from outlast.backup.folder import sync_folder
+from outlast.backup.nearest import Holder, Nearest, Source
 from outlast.backup.restore import RestoreReport, Skipped, exclusive, make_parents, translated
 from outlast.backup.restore_plan import (
     beside,
@@ -30,7 +31,6 @@ from outlast.repo import formats
 from outlast.repo.content import Content, RecentChunks
 from outlast.repo.formats import Tensor
 from outlast.repo.layout import DTYPE_BITS
-from outlast.repo.repository import Repository
 
 _FILE_BYTES_MIN = 8
 
@@ -46,7 +46,7 @@ class _Chosen(msgspec.Struct):
 
 
 def restore_tensors(
-    repository: Repository,
+    repository: Holder,
     snapshot: Snapshot,
     names: Sequence[str],
     target: bytes | str,
@@ -110,6 +110,9 @@ def restore_tensors(
         skipped=skipped,
         path=shown(path),
         tensors=[each.name for each in chosen],
+        sources=repository.read
+        if isinstance(repository, Nearest)
+        else [Source(repository.store.url, chunks.bytes_fetched, chunks.chunks_fetched)],
         renamed={each.name: each.tensor.name for each in chosen if each.name != each.tensor.name},
     )
 

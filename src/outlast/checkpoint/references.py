@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from outlast.checkpoint import keep
 from outlast.errors import InvalidInput, NotFound
 from outlast.records import Snapshot
-from outlast.repo.repository import Repository
+from outlast.repo.naming import Snapshots
 
 _SHOWN = 8
 _CLOSE_SHOWN = 3
@@ -22,7 +22,7 @@ _BEST = re.compile(r"([^:]+):(min|max)")
 _LATEST = "latest"
 
 
-def checkpoints(repository: Repository, run: str | None = None) -> list[tuple[int, Snapshot]]:
+def checkpoints(repository: Snapshots, run: str | None = None) -> list[tuple[int, Snapshot]]:
     """(step, snapshot) of every checkpoint, or of those of one run, in the order in which they were committed."""
     return [
         (int(each.tags["step"]), each)
@@ -64,7 +64,7 @@ def run_name(name: object) -> str:
     return name
 
 
-def of_run(repository: Repository, reference: str) -> Snapshot | None:
+def of_run(repository: Snapshots, reference: str) -> Snapshot | None:
     """The checkpoint that `RUN`, `RUN@STEP` or `RUN@METRIC:min|max` means; None where there is no such run.
 
     Raises `NotFound` for a step or a metric that a run doesn't have, `InvalidInput` for what says neither.
@@ -119,7 +119,7 @@ def _best(name: str, mine: list[tuple[int, Snapshot]], which: str) -> Snapshot:
     return next(each for _, each in mine if each.id == winner.id)
 
 
-def find(repository: Repository, reference: str, name: str | None = None) -> Snapshot:
+def find(repository: Snapshots, reference: str, name: str | None = None) -> Snapshot:
     """The snapshot that is meant; with `name`, which is no reference to a run, one of those of this name.
 
     Raises `NotFound`, which says what may have been meant, and `InvalidInput` for what fits several.
@@ -148,7 +148,7 @@ def is_relative(reference: str, snapshot: Snapshot) -> bool:
     return reference == snapshot.name or (which != reference and not which.isdecimal())
 
 
-def no_run(repository: Repository, run: str) -> NotFound:
+def no_run(repository: Snapshots, run: str) -> NotFound:
     """What to raise where there is no such run."""
     runs = {each.name for _, each in checkpoints(repository)}
     there = f"; there are runs: {few(sorted(runs))}" if runs else ""

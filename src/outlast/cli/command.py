@@ -6,7 +6,7 @@ import errno
 import inspect
 import os
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from types import FrameType
@@ -21,6 +21,7 @@ from outlast.errors import Cancelled, Corrupt, InvalidInput, OutlastError, Store
 
 if TYPE_CHECKING:
     from outlast.records import Snapshot
+    from outlast.repo.naming import Snapshots
     from outlast.repo.repository import Repository
     from outlast.store.base import ObjectStore
 
@@ -92,6 +93,8 @@ class Call:
         self.printer: Printer = make_printer(options)
         self.warnings: list[str] = []
         """what makes the result less than the truth; it is in JSON objects too"""
+        self.damaged = ""
+        """the repository whose log is damaged, so that what is latest can't be told"""
 
     def store(self) -> ObjectStore:
         """The store of `--repo`. Raises `InvalidInput` when none is named."""
@@ -139,11 +142,38 @@ class Call:
         for event in told.events:
             self.printer.event(event)
         damage = [event.reason for event in told.events if event.kind == "log.damaged"]
+        self.damaged = store.url
         self.warnings = [*damage, f"the log of {store.url} is damaged: {_MAY_LACK}."]
         self.printer.warn(self.warnings[-1])
         return repository
 
-    def snapshot(self, repository: Repository, reference: str, name: str | None = None) -> Snapshot:
+    def readable_repositories(self, also: Sequence[str]) -> list[Repository]:
+        """The repository, and those of `also` behind it. Those that can't be opened are told and left out.
+
+        Raises what the first one raises, where none can be opened.
+        """
+        found: list[Repository] = []
+        failures: list[OutlastError] = []
+        for url in (self.options.repo, *also):
+            place = Call(self.options._replace(repo=url))
+            place.printer = self.printer
+            try:
+                found.append(place.readable_repository())
+            except InvalidInput:
+                raise
+            except OutlastError as exc:
+                failures.append(exc)
+                continue
+            self.warnings += place.warnings
+            self.damaged = self.damaged or place.damaged
+        if not found:
+            raise failures[0]
+        for failure in failures:
+            self.warnings.append(f"{failure.message} It is left out: what is nowhere else is missing.")
+            self.printer.warn(self.warnings[-1])
+        return found
+
+    def snapshot(self, repository: Snapshots, reference: str, name: str | None = None) -> Snapshot:
         """The snapshot that the user named: the start of an id, `latest`, RUN, RUN@STEP or RUN@METRIC:min|max.
 
         Raises `Corrupt` for the latest where newer ones may be lost.
@@ -152,9 +182,9 @@ class Call:
 
         is_latest = reference.strip().lower() == "latest"
         found = None if is_latest else find(repository, reference, name)
-        if self.warnings and (found is None or is_relative(reference, found)):
+        if self.damaged and (found is None or is_relative(reference, found)):
             raise Corrupt(
-                f"the log of {repository.store.url} is damaged: {_MAY_LACK}, so `{reference}` can't be told. "
+                f"the log of {self.damaged} is damaged: {_MAY_LACK}, so `{reference}` can't be told. "
                 "Nothing was changed.",
                 hint="`outlast snapshots` lists those that can be read; name one of them by its id.",
             )

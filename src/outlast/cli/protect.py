@@ -26,6 +26,7 @@ from outlast.errors import InvalidInput, NotFound
 
 if TYPE_CHECKING:
     from outlast.backup.create import BackupReport
+    from outlast.backup.nearest import Holder, Source
     from outlast.backup.restore import RestoreReport
     from outlast.backup.restore_plan import Action, RestorePlan
     from outlast.records import Snapshot
@@ -253,6 +254,12 @@ def _flaws(snapshot: Snapshot) -> str:
 @click.option("--tensor", multiple=True, metavar="NAME", help="Only tensors of this name or glob. May be repeated.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done, and do nothing.")
 @click.option("--overwrite", is_flag=True, help="Don't keep what is replaced as DIR.before-<time>.")
+@click.option(
+    "--also",
+    multiple=True,
+    metavar="URL",
+    help="Another repository that may have it; the fastest first. May be repeated.",
+)
 def restore(
     call: Call,
     snapshot: str,
@@ -262,8 +269,12 @@ def restore(
     tensor: Sequence[str],
     dry_run: bool,
     overwrite: bool,
+    also: Sequence[str],
 ) -> int:
-    """Bring a snapshot back, every chunk verified. The target changes at one instant, at the end."""
+    """Bring a snapshot back, every chunk verified. The target changes at one instant, at the end.
+
+    With --also each chunk comes from the first repository that has it whole, beginning with --repo.
+    """
     import msgspec
 
     from outlast.backup.restore import execute, plan
@@ -271,8 +282,7 @@ def restore(
 
     if tensor and dry_run:
         raise InvalidInput("--dry-run does not go with --tensor; nothing was done.", hint="Leave one of them out.")
-    repository = call.readable_repository()
-    chosen = call.snapshot(repository, snapshot, name)
+    repository, chosen = _holder(call, snapshot, name, also)
     target = os.fsencode(to)
     if tensor:
         report = restore_tensors(repository, chosen, tensor, target, include=include, overwrite=overwrite)
@@ -291,7 +301,20 @@ def restore(
     return PARTLY_DONE if report.skipped else 0
 
 
-def _unfit(globs: Sequence[str], plan: RestorePlan, repository: Repository) -> list[str]:
+def _holder(call: Call, reference: str, name: str | None, also: Sequence[str]) -> tuple[Holder, Snapshot]:
+    """What to restore from, and which snapshot of it."""
+    if not also:
+        repository = call.readable_repository()
+        return repository, call.snapshot(repository, reference, name)
+    from outlast.backup.nearest import Nearest
+    from outlast.repo.naming import Together
+
+    repositories = call.readable_repositories(also)
+    nearest = Nearest(repositories, call.snapshot(Together(repositories), reference, name).id)
+    return nearest, nearest.snapshot
+
+
+def _unfit(globs: Sequence[str], plan: RestorePlan, repository: Holder) -> list[str]:
     """The patterns that fit none of what is restored; a single one that fits nothing is an error before."""
     from outlast.backup.selection import matcher
 
@@ -312,6 +335,8 @@ def _restore_lines(report: RestoreReport, snapshot: Snapshot, to: str) -> Iterat
         f"in {duration_text(report.seconds)}."
     )
     yield f"Fetched {size_text(report.bytes_fetched)}; every byte was verified."
+    if told := _sources_text(report.sources, report.path):
+        yield f"From {told}."
     if report.kept_as:
         yield f"What was there before is kept as {path_shown(report.kept_as)}."
     if report.kept_files:
@@ -326,7 +351,21 @@ def _restore_lines(report: RestoreReport, snapshot: Snapshot, to: str) -> Iterat
         yield f"… and {len(report.skipped) - _FILES_SHOWN:,} more."
 
 
+def _sources_text(sources: Sequence[Source], target: str) -> str:
+    """Empty where there is nothing to tell apart."""
+    repositories = [each for each in sources if each.where != target]
+    parts = []
+    for each in repositories:
+        failed = f" ({count_text(each.failed, 'chunk')} could not be had there)" if each.failed else ""
+        if each.bytes or failed:
+            parts.append(f"{printable(each.where) or 'nowhere'}: {size_text(each.bytes)}{failed}")
+    there = [f"already there: {size_text(each.bytes)}" for each in sources if each.where == target and each.bytes]
+    return "; ".join(parts + there) if parts and (there or len(repositories) > 1) else ""
+
+
 def _plan_document(plan: RestorePlan, actions: list[Action]) -> dict[str, Any]:
+    import msgspec
+
     from outlast.records import path_text
 
     names = ("path", "bytes", "bytes_to_fetch", "action")
@@ -338,6 +377,8 @@ def _plan_document(plan: RestorePlan, actions: list[Action]) -> dict[str, Any]:
         "bytes": plan.bytes,
         "bytes_present": plan.bytes_present,
         "bytes_to_fetch": plan.bytes_to_fetch,
+        "sources": msgspec.to_builtins(plan.sources),
+        "bytes_holes": plan.bytes_holes,
         "extra_files": plan.extra_files,
         "extra_bytes": plan.extra_bytes,
         "kept_as": path_text(plan.kept_as) if plan.kept_as else "",
@@ -362,6 +403,8 @@ def _plan_lines(plan: RestorePlan, actions: list[Action]) -> Iterator[str]:
         f"Already right: {count_text(present, 'item')}, {size_text(plan.bytes_present)}. "
         f"To fetch: {size_text(plan.bytes_to_fetch)}. Nothing was changed."
     )
+    if told := _sources_text(plan.sources, path_text(plan.target)):
+        yield f"It would come from {told}."
     if plan.extra_files:
         gone = "removed" if plan.overwrite else "moved away"
         extra = f"{count_text(plan.extra_files, 'item')}, {size_text(plan.extra_bytes)}"

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from outlast.errors import Corrupt
 from outlast.records import Entry
-from outlast.repo.repository import Repository, chunk_offsets
+from outlast.repo.repository import chunk_offsets
 
 _CHUNKS_KEPT = 6
+
+
+class Chunks(Protocol):
+    """What chunks are read from: a repository, or several."""
+
+    def get_chunk(self, chunk: bytes) -> bytes | memoryview: ...
 
 
 class RecentChunks:
     """The few chunks read last, of whatever file; counts what was fetched."""
 
-    def __init__(self, repository: Repository) -> None:
-        self.bytes_fetched = 0
+    def __init__(self, repository: Chunks) -> None:
+        self.bytes_fetched = self.chunks_fetched = 0
         self._repository = repository
         self._kept: dict[str, bytes | memoryview] = {}
 
@@ -29,6 +35,7 @@ class RecentChunks:
                 self._kept.pop(next(iter(self._kept)))
             found = self._repository.get_chunk(bytes.fromhex(chunk))
             self.bytes_fetched += len(found)
+            self.chunks_fetched += 1
         self._kept[chunk] = found
         return found
 

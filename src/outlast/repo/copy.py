@@ -27,7 +27,7 @@ from outlast.repo.deltas import Block, Kept
 from outlast.repo.formats import Span
 from outlast.repo.manifest import validated
 from outlast.repo.pack import object_name
-from outlast.repo.pairs import Pairs
+from outlast.repo.pairs import Pairs, pair_up
 from outlast.repo.read import Range, ranges
 from outlast.repo.repository import Repository, chunk_offsets
 from outlast.repo.sums import Parts
@@ -238,13 +238,7 @@ class _Run:
         self._learned.add(near.id)
         theirs = self.target.entries(known)
         try:
-            for old, new in zip(self.source.entries(near, self.read_manifest_chunk), theirs, strict=True):
-                if _without_ids(old) != _without_ids(new):
-                    return
-                alike = [each[:2] for each in old.sums] == [each[:2] for each in new.sums]
-                refs = zip(old.stored, new.stored, strict=True) if alike else ()
-                for (old_chunk, _), (new_chunk, _) in [*zip(old.chunks, new.chunks, strict=True), *refs]:
-                    pairs.put(bytes.fromhex(old_chunk), bytes.fromhex(new_chunk))
+            pair_up(pairs, self.source.entries(near, self.read_manifest_chunk), theirs)
         except (Corrupt, ValueError) as exc:
             self._tell("manifest.damaged", near, f"can't be compared, so more is read: {exc}")
 
@@ -256,10 +250,6 @@ class _Run:
 
 def _id_key(repository: Repository) -> bytes | None:
     return repository.keys.id_key if repository.keys else None
-
-
-def _without_ids(entry: Entry) -> tuple[Entry, list[int]]:
-    return msgspec.structs.replace(entry, chunks=[], sums=[]), [length for _, length in entry.chunks]
 
 
 class _Read(msgspec.Struct):

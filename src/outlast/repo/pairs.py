@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 
+import msgspec
 import numpy as np
+
+from outlast.records import Entry
 
 _RECENT_PAIRS = 32 << 10
 
@@ -39,6 +43,15 @@ class Pairs:
             at += 1
         return None
 
+    def reversed(self) -> Pairs:
+        """New -> old."""
+        found = Pairs()
+        for row in self._rows:
+            found.put(row[32:].tobytes(), row[:32].tobytes())
+        for old, new in self._recent.items():
+            found.put(new, old)
+        return found
+
     def put(self, old: bytes, new: bytes) -> None:
         if self.get(old) is None:
             self._recent[old] = new
@@ -53,3 +66,21 @@ class Pairs:
         self._rows = rows[order]
         self._heads = heads[order].data
         self._recent = {}
+
+
+def pair_up(pairs: Pairs, ours: Iterable[Entry], theirs: Iterable[Entry]) -> None:
+    """Pair the chunks of a snapshot by its manifests in two repositories, up to the first entry that differs.
+
+    Raises `ValueError` where one of the manifests is shorter, and what reading them raises.
+    """
+    for old, new in zip(ours, theirs, strict=True):
+        if _without_ids(old) != _without_ids(new):
+            return
+        alike = [each[:2] for each in old.sums] == [each[:2] for each in new.sums]
+        refs = zip(old.stored, new.stored, strict=True) if alike else ()
+        for (old_chunk, _), (new_chunk, _) in [*zip(old.chunks, new.chunks, strict=True), *refs]:
+            pairs.put(bytes.fromhex(old_chunk), bytes.fromhex(new_chunk))
+
+
+def _without_ids(entry: Entry) -> tuple[Entry, list[int]]:
+    return msgspec.structs.replace(entry, chunks=[], sums=[]), [length for _, length in entry.chunks]

@@ -18,7 +18,7 @@ from outlast.clock import SYSTEM_CLOCK, Clock
 from outlast.errors import Corrupt, Exists, InvalidInput, NoRepository, NotFound, OutlastError, Refused
 from outlast.events import NULL_SINK, Event, EventSink
 from outlast.records import FORMAT_VERSION, Chunking, ChunkRef, Encryption, Entry, Format, PackRef, Snapshot
-from outlast.repo import chain, codec, pack, seal
+from outlast.repo import chain, codec, naming, pack, seal
 from outlast.repo import form as form_of
 from outlast.repo.chain import Walk
 from outlast.repo.chunker import cutter
@@ -36,7 +36,6 @@ from outlast.store.lock import locking, prove_lockable
 
 PACK_BYTES = 64 << 20
 SEGMENT_BYTES_MAX = 4 << 30
-_ID_CHARACTERS_MIN = 4
 
 
 class Repository:
@@ -233,36 +232,7 @@ class Repository:
 
         Raises `NotFound` or, when several fit or `reference` is too short, `InvalidInput`.
         """
-        wanted = reference.strip().lower()
-        every = self.snapshots()
-        candidates = [snapshot for snapshot in every if name is None or snapshot.name == name]
-        if every and not candidates:
-            raise NotFound(
-                f"no snapshot is named {name}; there are: {', '.join(sorted({each.name for each in every}))}.",
-                hint="`outlast snapshots` lists them.",
-            )
-        if wanted == "latest":
-            if not candidates:
-                what = f"named {name}" if name else "in this repository"
-                raise NotFound(f"there is no snapshot {what}.", hint="Make one with `outlast backup`.")
-            return max(reversed(candidates), key=lambda snapshot: snapshot.time)
-        if len(wanted) < _ID_CHARACTERS_MIN:
-            raise InvalidInput(
-                f"{reference!r} is too short; give at least {_ID_CHARACTERS_MIN} characters of the id, or `latest`.",
-                hint="`outlast snapshots` lists them.",
-            )
-        found = [snapshot for snapshot in candidates if snapshot.id.startswith(wanted)]
-        if not found:
-            others = [each for each in every if each.id.startswith(wanted)]
-            what = f"snapshot {others[0].id[:8]} is of {others[0].name}, not {name}." if others else ""
-            raise NotFound(what or f"no snapshot has the id {reference!r}.", hint="`outlast snapshots` lists them.")
-        if len(found) > 1:
-            shown = max(8, len(wanted) + 4)
-            raise InvalidInput(
-                f"{reference!r} fits {len(found)} snapshots: {', '.join(item.id[:shown] for item in found[:5])}.",
-                hint="Give more characters of the id.",
-            )
-        return found[0]
+        return naming.find(self.snapshots(), reference, name)
 
     def entries(self, snapshot: Snapshot, get: Callable[[bytes], bytes | memoryview] | None = None) -> Iterator[Entry]:
         """The manifest's entries in `path_order`, streamed: a manifest may be larger than memory.
