@@ -12,7 +12,7 @@ from itertools import takewhile
 import click
 
 from outlast import __version__
-from outlast.cli import checking, collect, copies, doctor, exchange, keys, look, protect, repository, runs
+from outlast.cli import checking, collect, copies, doctor, exchange, keys, look, protect, repository, runs, watch
 from outlast.cli.command import Group, Options, make_printer, tell, terminate
 
 
@@ -30,6 +30,7 @@ def app() -> None:
 
 for command in (protect.init, protect.backup, protect.snapshots, look.show, look.diff, protect.restore):
     app.add_command(command)
+app.add_command(watch.watch)
 app.add_command(checking.check)
 app.add_command(collect.forget)
 app.add_command(collect.prune)
