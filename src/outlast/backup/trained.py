@@ -94,7 +94,7 @@ _IS_A_MODEL = {DCP_METADATA, b"model_index.json", b"modules.json"}
 _IS_A_MODEL_WITH_WEIGHTS = {b"config.json", b"adapter_config.json", b"training_args.bin", TRAINER_STATE}
 _WEIGHTS_OF_A_MODEL = re.compile(rb"(?:\w+_)?model\b.*", re.DOTALL)
 _BEING_WRITTEN = re.compile(
-    rb"(?:tmp|temp)[-_.].*|.*\.(?:temp|part|partial|incomplete)|.*\.(?:orbax-checkpoint-)?tmp[-.\w]*",
+    rb"tmp[-_.].*|.*\.(?:temp|part|partial|incomplete)|.*\.(?:orbax-checkpoint-)?tmp[-.\w]*",
     re.IGNORECASE | re.DOTALL,
 )
 _LOGS = re.compile(
@@ -126,7 +126,9 @@ def contents(seen: Sequence[Seen], own_name: bytes = b"") -> Contents:
     for name, inside in children.items():
         if name in own or name in pointers or is_passing(name):
             continue
-        if name in folders:
+        if inside[0].kind == "unreadable":
+            part = name if tags(name) or is_model_file(name) else None
+        elif name in folders:
             part = name if _is_checkpoint(name, inside) else None
         else:
             part = _whole_of(name) if inside[0].kind == "file" and _MODEL.fullmatch(_whole_of(name, True)) else None

@@ -200,21 +200,20 @@ class Watch:
 
     def _contents(self) -> Contents:
         try:
-            status = os.stat(self.folder)
-            if not stat.S_ISDIR(status.st_mode):
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-            found = Root(b".", self.folder, status)
+            root = Root(b".", self.folder, os.stat(self.folder))
+            seen = list(self._walk(root))
+            if seen and seen[0].path == b".":
+                raise OSError(errno.EACCES, seen[0].reason)
         except OSError as exc:
+            problem = f"{os.fsdecode(self.folder)} can't be looked at: {exc.strerror}."
             if self._once:
-                raise InvalidInput(
-                    f"{os.fsdecode(self.folder)} can't be watched: {exc.strerror}. Nothing was backed up."
-                ) from exc
+                raise InvalidInput(f"{problem} Nothing was backed up.") from exc
             if not self._is_missing:
-                self._tell("folder.missing", f"{os.fsdecode(self.folder)} is not there; it is waited for.")
+                self._tell("folder.missing", f"{problem} It is waited for.")
             self._is_missing = True
             return Contents([], [], {})
         self._is_missing = False
-        return trained.contents(list(self._walk(found)), os.path.basename(self.folder))
+        return trained.contents(seen, os.path.basename(self.folder))
 
     def _walk(self, root: Root) -> Iterator[Seen]:
         own = own_folder(self._repository.store)
@@ -294,6 +293,8 @@ class Watch:
 
     def _settle(self, found: Found, followed: _Followed, flaw: str) -> Taken | None:
         """Back it up, unless the repository has it. Raises `_Spoilt`, `OutlastError`."""
+        if self._now(found) != found.seen:
+            raise _Spoilt("it is still changing", is_gone=False)  # since this look began, which may be long ago
         self._repository.refresh()
         is_known = self._is_known(found, self.name + INCOMPLETE if flaw else self.name)
         taken = None if is_known else self._back_up(found, followed, flaw)
@@ -350,9 +351,10 @@ class Watch:
         log = self._repository.log
         seqs = log.listed()
         for seq, data in zip(seqs, log.read_many(seqs), strict=True):
-            entry = log.parse(data, seq) if data is not None else None
-            if entry is not None and entry.kind == SNAPSHOT:
-                yield msgspec.convert(entry.body["snapshot"], Snapshot)
+            with suppress(Corrupt):  # at worst something forgotten is backed up again
+                entry = log.parse(data, seq) if data is not None else None
+                if entry is not None and entry.kind == SNAPSHOT:
+                    yield msgspec.convert(entry.body["snapshot"], Snapshot)
 
     # -- backing up ------------------------------------------------------------------------------
 
@@ -397,12 +399,8 @@ class Watch:
 
     def _assert_same(self, found: Found, followed: _Followed) -> None:
         """Raise `_Spoilt` unless every file of a checkpoint is as it was, so that the snapshot is of one instant."""
-        now: list[Seen] = []
-        for source in found.sources:
-            with suppress(FileNotFoundError):
-                location = self._location(source)
-                now += self._walk(Root(source, location, os.lstat(location)))
-        if tuple(now) == found.seen:
+        now = self._now(found)
+        if now == found.seen:
             return
         is_gone = not {each.path for each in now} >= {each.path for each in found.seen}
         if is_gone:
@@ -413,6 +411,14 @@ class Watch:
             followed.spoilt += 1
         self._tell("checkpoint.skipped", f"{_text(found.name)}: {reason}; that is not in the repository.", found)
         raise _Spoilt(reason, is_gone)
+
+    def _now(self, found: Found) -> tuple[Seen, ...]:
+        seen: list[Seen] = []
+        for source in found.sources:
+            with suppress(FileNotFoundError):
+                location = self._location(source)
+                seen += self._walk(Root(source, location, os.lstat(location)))
+        return tuple(seen)
 
     def _forget(self, name: str) -> tuple[str, ...]:
         """Apply the retention. What it refuses is told: the backup before it is done."""
