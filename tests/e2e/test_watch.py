@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from safetensors.numpy import save_file
 from shell import Shell
 
 from outlast.backup import watch as watching
+from outlast.backup.wakeups import Wakeups
 from outlast.backup.watch import INCOMPLETE, Look, Taken, Watch
 from outlast.clock import SYSTEM_CLOCK, ManualClock
 from outlast.errors import Corrupt, InvalidInput, Refused, Unavailable
@@ -251,8 +254,20 @@ def test_what_stays_damaged_is_told_once_and_kept_under_another_name(world: Worl
     assert world.kept() == ["epoch_2.safetensors", "epoch_1.safetensors"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
-def test_what_cannot_be_read_is_taken_as_soon_as_it_can_be(world: World) -> None:
+@pytest.fixture
+def private() -> Iterator[Path]:
+    """A folder of somebody who can't read everything, as root can."""
+    with tempfile.TemporaryDirectory() as folder:
+        user = os.geteuid() or 65534
+        os.chown(folder, user, -1)
+        before = os.geteuid()
+        os.seteuid(user)
+        yield Path(folder)
+        os.seteuid(before)
+
+
+def test_what_cannot_be_read_is_taken_as_soon_as_it_can_be(private: Path) -> None:
+    world = World(private)
     folder = world.checkpoint("checkpoint-1")
     (folder / "config.json").chmod(0)
     [taken] = [*world.look().taken, *world.look(QUIET).taken]
@@ -261,6 +276,9 @@ def test_what_cannot_be_read_is_taken_as_soon_as_it_can_be(world: World) -> None
     assert world.taken() == []
     (folder / "config.json").chmod(0o600)
     assert world.taken() == ["checkpoint-1"]
+    (world.out / "checkpoint-2").mkdir(0)
+    assert world.taken() == []
+    assert "can't be looked at: Permission denied" in world.told("checkpoint.waiting")[0]
 
 
 # -- retention -------------------------------------------------------------------------------------
@@ -505,3 +523,25 @@ def test_once_tells_what_is_not_whole_by_its_exit_code(shell: Shell) -> None:
     shutil.rmtree(out / "step_1")
     shell("watch", "out", "--once", "--quiet-period", "0s", "--name", "run", code=0)
     shell("watch", "nowhere", "--once", code=2)
+
+
+def test_a_change_ends_the_waiting_at_once_also_in_a_new_folder_of_that_name(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    told: list[str] = []
+    wakeups = Wakeups(os.fsencode(out), 0.2, told.append)
+    wakeups.wait(600)  # there is no folder yet: it is polled
+    for _ in range(2):
+        out.mkdir()
+        wakeups.wait(0.5)  # by now the thread watches
+        waiting = threading.Thread(target=wakeups.wait, args=(600,))
+        waiting.start()
+
+        def changed(waiting: threading.Thread = waiting) -> bool:
+            (out / "epoch_1.pt").write_bytes(os.urandom(8))
+            return not waiting.is_alive()
+
+        wait_for(changed)
+        shutil.rmtree(out)
+        wakeups.wait(0.2)
+    wakeups.close()
+    assert told == []

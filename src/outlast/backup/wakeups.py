@@ -59,11 +59,16 @@ class Wakeups:
 
     def _follow(self, stop: threading.Event) -> None:
         try:
-            from watchfiles import watch
+            from watchfiles import Change, watch
 
-            folder = os.fsencode(self._folder).decode()
-            for _ in watch(folder, watch_filter=None, stop_event=stop, step=100, debounce=500, raise_interrupt=False):
+            folder = self._folder.decode()
+            for changes in watch(
+                folder, watch_filter=None, stop_event=stop, step=100, debounce=500, raise_interrupt=False
+            ):
                 self._changed.set()
+                if (Change.deleted, folder) in changes:
+                    self._watched = None  # another one may even get the same inode
+                    return
         except ImportError:
             self._failure = "watchfiles is not installed (pip install 'outlast[watch]')"
         except (OSError, UnicodeDecodeError, RuntimeError) as exc:
