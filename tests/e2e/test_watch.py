@@ -255,8 +255,10 @@ def test_what_stays_damaged_is_told_once_and_kept_under_another_name(world: Worl
 
 
 @pytest.fixture
-def private() -> Iterator[Path]:
+def private(world: World) -> Iterator[Path]:
     """A folder of somebody who can't read everything, as root can."""
+    world.checkpoint("any")
+    world.taken()  # all modules are loaded
     with tempfile.TemporaryDirectory() as folder:
         user = os.geteuid() or 65534
         os.chown(folder, user, -1)
