@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 PASSPHRASE = "correct horse battery staple"
 COMMANDS = [
-    *("init", "backup", "snapshots", "show", "diff", "restore", "check", "forget", "prune", "copy", "runs"),
+    *("init", "backup", "snapshots", "show", "diff", "restore", "check", "forget", "prune", "copy", "runs", "watch"),
     *("doctor store", "doctor resume"),
     *("key list", "key add", "key remove", "key rotate", "repo stats", "repo log", "repo verify-log"),
 ]
