@@ -504,6 +504,26 @@ def test_a_killed_watch_goes_on_and_backs_up_nothing_twice(shell: Shell) -> None
     shell("check", "--data", "all")
 
 
+def test_a_store_that_went_and_came_back_is_waited_for(shell: Shell) -> None:
+    shell("init")
+    repo, away, out = (shell.folder / name for name in ("repo", "away", "out"))
+    out.mkdir()
+    watcher = start(shell, "out", "--quiet-period", "1s")
+    try:
+        assert watcher.stdout and watcher.stderr
+        assert watcher.stdout.readline().startswith(b"Watching ")
+        repo.rename(away)
+        weights(out / "epoch_1.safetensors")
+        assert b"It is tried again" in watcher.stderr.readline()
+        away.rename(repo)
+        assert b"epoch_1.safetensors of out, 1 file" in watcher.stdout.readline()
+        watcher.send_signal(signal.SIGTERM)
+        told, _ = watcher.communicate(timeout=60)
+    finally:
+        watcher.kill()
+    assert (watcher.returncode, told) == (0, b"out: 1 checkpoint backed up.\n")
+
+
 def test_once_tells_what_is_not_whole_by_its_exit_code(shell: Shell) -> None:
     shell("init")
     out = shell.folder / "out"

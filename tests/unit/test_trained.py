@@ -52,6 +52,12 @@ def test_files_are_checkpoints_and_parts_belong_together() -> None:
     assert found.others == [b"best.ckpt", b"checkpoint", b"config.json", b"train.log"]
 
 
+def test_what_holds_no_model_is_none() -> None:
+    found = folder("eval_step_500/metrics.json", "figures/loss.png", "step_600/params", "orbax/manifest.ocdbt")
+    assert names(found).keys() == {"step_600", "orbax"}, "of an unknown trainer, and of Orbax"
+    assert found.others == [b"eval_step_500", b"figures"]
+
+
 def test_files_that_say_which_is_the_last_are_none() -> None:
     found = folder("global_step5/mp_rank_00_model_states.pt", "latest", "zero_to_fp32.py", "iter_0000005/x/model.pt")
     assert names(found).keys() == {"global_step5", "iter_0000005"}

@@ -174,11 +174,6 @@ def is_model_file(name: bytes) -> bool:
     return _MODEL.fullmatch(name) is not None
 
 
-def holds_something(found: Found) -> bool:
-    """Whether there is more than what is written beside a model, such as its configuration."""
-    return any(is_model_file(each.base) or not _BESIDE_A_MODEL.fullmatch(each.base) for each in found.files)
-
-
 def part(name: bytes) -> tuple[bytes, int, int, bytes] | None:
     """(beginning, number, count, end) of a name such as `model-00002-of-00005.safetensors`."""
     fits = _PART.fullmatch(name)
@@ -250,7 +245,10 @@ def _is_checkpoint(name: bytes, inside: list[Seen]) -> bool:
     if _LOGS.fullmatch(name):
         return False
     files = [each.base for each in inside if each.kind == "file"]
-    return bool(tags(name)) or any(is_model_file(each) or each in _MARKS for each in files)
+    if any(is_model_file(each) or each in _MARKS for each in files):
+        return True
+    # Whatever model it is, there is more than what is written beside one, such as its configuration.
+    return bool(tags(name)) and any(not _BESIDE_A_MODEL.fullmatch(each) for each in files)
 
 
 def _whole_of(name: bytes, as_file: bool = False) -> bytes:

@@ -20,7 +20,7 @@ from outlast.backup import trained, wholeness
 from outlast.backup.create import create
 from outlast.backup.trained import Contents, Found, Seen
 from outlast.backup.walk import Root, walk
-from outlast.errors import Corrupt, InvalidInput, NoRepository, OutlastError, Refused, StoreFull
+from outlast.errors import Corrupt, InvalidInput, NoRepository, OutlastError, Refused, StoreFull, Unavailable
 from outlast.events import Event
 from outlast.records import Snapshot
 from outlast.repo import forget
@@ -421,13 +421,13 @@ class Watch:
         return tuple(seen)
 
     def _forget(self, name: str) -> tuple[str, ...]:
-        """Apply the retention. What it refuses is told: the backup before it is done."""
+        """Apply the retention. Where it can't be, that is told: the backup before it is done."""
         if self._policy is None:
             return ()
         try:
             plan = forget.plan(self._repository, name=name, policy=self._policy)
             return forget.execute(self._repository, plan).forgotten if plan.forgotten() else ()
-        except Refused as exc:
+        except (Refused, Unavailable) as exc:
             self._tell("retention.failed", exc.message)
             return ()
 

@@ -45,8 +45,6 @@ def flaw(found: Found, pointers: dict[bytes, Seen], read: ReadFile) -> str:
             return f"{_text(each.path)} can't be looked at: {each.reason}"
         if each.kind == "file" and trained.is_being_written(each.base) and b"/." not in each.path:
             return f"{_text(each.path)} is still being written"
-    if not trained.holds_something(found):
-        return "there is no model in it yet"
     return next(_flaws(found, pointers, read), "")
 
 
