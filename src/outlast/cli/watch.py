@@ -60,9 +60,11 @@ def watch(
     policy = policy_of(counts, keep_within, keep_tag)
     quiet_seconds = span_seconds("--quiet-period", quiet_period)
     taken: deque[Taken] = deque(maxlen=_TAKEN_LISTED_MAX)
+    in_this_look: set[str] = set()
 
     def tell(each: Taken) -> None:
         taken.append(each)
+        in_this_look.add(each.checkpoint)
         call.printer.say(_taken_line(each))
 
     def watching(repository: Repository) -> Watch:
@@ -82,12 +84,14 @@ def watch(
         return _result(call, made, made.look(), list(taken))
     made = watching(_opened(call))
     call.printer.say(f"Watching {path_shown(_path_text(made))} for checkpoints. SIGTERM or Ctrl-C ends it.")
-    _result(call, made, _follow(call, made, quiet_seconds), list(taken))
+    _result(call, made, _follow(call, made, quiet_seconds, in_this_look), list(taken))
     return 0
 
 
-def _follow(call: Call, watcher: Watch, quiet_seconds: float) -> Look | None:
-    """Look until a signal comes; returns the last look."""
+def _follow(call: Call, watcher: Watch, quiet_seconds: float, in_this_look: set[str]) -> Look | None:
+    """Look until a signal comes; returns the last look, less what one that was interrupted came to."""
+    import msgspec
+
     from outlast.backup.wakeups import Wakeups
 
     def tell(failure: str) -> None:
@@ -99,9 +103,11 @@ def _follow(call: Call, watcher: Watch, quiet_seconds: float) -> Look | None:
     try:
         while True:
             look = watcher.look()
+            in_this_look.clear()
             wakeups.wait(look.next_seconds)
     except KeyboardInterrupt:
-        return look
+        left = tuple(each for each in look.waiting if each.checkpoint not in in_this_look) if look else ()
+        return msgspec.structs.replace(look, waiting=left) if look else None
     finally:
         wakeups.close()
 
@@ -151,7 +157,7 @@ def _taken_line(each: Taken) -> str:
 
 def _lines(watcher: Watch, look: Look | None, taken: list[Taken]) -> Iterator[str]:
     for each in look.waiting if look else ():
-        yield f"Not backed up yet: {printable(each.checkpoint)}: {printable(each.reason)}."
+        yield f"Not backed up yet: {printable(each.checkpoint)}: {printable(each.reason).rstrip('.')}."
     more = f", {look.unchanged:,} there already" if look and look.unchanged else ""
     left = f", {len(look.waiting):,} not yet" if look and look.waiting else ""
     yield f"{printable(watcher.name)}: {count_text(len(taken), 'checkpoint')} backed up{more}{left}."
