@@ -159,6 +159,7 @@ def test_once_takes_the_time_since_the_change_from_the_file_system(world: World)
 
 def test_rotation_is_no_change(world: World) -> None:
     folder = world.checkpoint("checkpoint-1")
+    weights(folder / "optimizer.safetensors", 4)
     assert world.taken() == ["checkpoint-1"]
     (folder / "model.safetensors").unlink()
     assert world.taken() == [], "half deleted, it must not stand in for the whole one"
