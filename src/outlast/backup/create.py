@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -59,12 +59,14 @@ def create(
     tags: Mapping[str, str] | None = None,
     exclude: Sequence[str] = (),
     full: bool = False,
+    before_commit: Callable[[], None] | None = None,
 ) -> BackupReport:
     """Back up `sources` into one snapshot and commit it.
 
     A file whose size, mtime, ctime and inode are those of the newest snapshot of the same name is
     taken from there without reading; `full` reads everything. Unreadable and unstable files don't
-    stop the backup: they are counted, named in the report and marked in the manifest.
+    stop the backup: they are counted, named in the report and marked in the manifest. `before_commit`
+    is called when all is read and stored; what it raises ends the backup, and there is no snapshot.
 
     Raises `InvalidInput` (no source exists, a name or tag is no text), `StoreFull`, `Unavailable`.
     Whatever it raises, and whenever it is killed, committed snapshots are untouched. What was uploaded
@@ -89,7 +91,7 @@ def create(
         for path, exc in missing:
             backup.problem(os.path.basename(path) or path, "unreadable", exc.strerror or str(exc))
         try:
-            snapshot = backup.run(tags)
+            snapshot = backup.run(tags, before_commit)
             break
         except Busy as exc:
             if attempt == _TRIES - 1:
@@ -158,7 +160,7 @@ class _Backup:
         self._unreadable = self._unstable = self._files = self._bytes = 0
         self._total_files = self._total_bytes = 0
 
-    def run(self, tags: dict[str, str]) -> Snapshot:
+    def run(self, tags: dict[str, str], before_commit: Callable[[], None] | None) -> Snapshot:
         writer = self._repository.writer(trusting=not self._full)
         if self._repository.sink.wants_progress:
             self._measure()
@@ -166,6 +168,8 @@ class _Backup:
             with FileReader(writer, self._repository) as reader:
                 for entry in self._entries(writer, reader):
                     self._take(writer, entry)
+            if before_commit is not None:
+                before_commit()
             return writer.commit(self._snapshot(tags))
         except BaseException:
             writer.abandon()

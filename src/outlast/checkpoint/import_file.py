@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import msgspec
 import torch
 
-from outlast.checkpoint import dcp_folder, oldtorch, zipscan
+from outlast.checkpoint import oldtorch, zipscan
 from outlast.checkpoint import save as saving
 from outlast.checkpoint import state as live
 from outlast.checkpoint.leaves import DTYPES, Leaves, tensor_bytes
@@ -29,7 +29,7 @@ from outlast.checkpoint.state import Part
 from outlast.checkpoint.tree import encode
 from outlast.errors import Corrupt, InvalidInput, NotFound, Refused
 from outlast.records import Snapshot
-from outlast.repo import formats, torchfile
+from outlast.repo import dcp_folder, formats, torchfile
 from outlast.repo.layout import Malformed, ReadAt
 from outlast.repo.repository import Repository
 

@@ -15,10 +15,10 @@ from math import prod
 
 import msgspec
 
-from outlast.checkpoint import dcp_folder, oldtorch, zipscan
+from outlast.checkpoint import oldtorch, zipscan
 from outlast.checkpoint.new_file import fresh, refuse_taken
 from outlast.errors import InvalidInput, NotFound, Refused
-from outlast.repo import formats, torchfile, torchpickle
+from outlast.repo import dcp_folder, formats, torchfile, torchpickle
 from outlast.repo.layout import DTYPE_BITS, Malformed, ReadAt, Tensor
 
 _BLOCK_BYTES = 8 << 20

@@ -36,6 +36,30 @@ def _keep_option(period: str, what: str) -> Callable[[Decorated], Decorated]:
     return click.option(f"--keep-{period}", type=click.IntRange(min=0), metavar="N", help=f"Keep the newest of {what}.")
 
 
+_KEEP_OPTIONS = (
+    click.option("--keep-last", type=click.IntRange(min=0), metavar="N", help="Keep the N that were committed last."),
+    _keep_option("hourly", "each of the last N hours that have one"),
+    _keep_option("daily", "each of the last N days that have one"),
+    _keep_option("weekly", "each of the last N weeks that have one (ISO weeks, from Monday)"),
+    _keep_option("monthly", "each of the last N months that have one"),
+    click.option(
+        "--keep-within",
+        metavar="DURATION",
+        help="Keep all that are at most so much older than the newest: 30d, 12h, 2w, 1y5m7d2h (m is a month).",
+    ),
+    click.option(
+        "--keep-tag", multiple=True, metavar="KEY[=VALUE]", help="Keep all that have this tag. May be repeated."
+    ),
+)
+
+
+def keep_options(command: Decorated) -> Decorated:
+    """The rules by which snapshots are kept, for `policy_of`."""
+    for option in reversed(_KEEP_OPTIONS):
+        command = option(command)
+    return command
+
+
 @click.command(
     cls=Command,
     codes=(10, 12, 20, 21),
@@ -49,17 +73,7 @@ def _keep_option(period: str, what: str) -> Callable[[Decorated], Decorated]:
     help="Forget these: the first characters of an id, `latest`, RUN@STEP or RUN@loss:max. Not together with --keep-….",
 )
 @click.option("--name", metavar="NAME", help="Look only at snapshots of this name.")
-@click.option("--keep-last", type=click.IntRange(min=0), metavar="N", help="Keep the N that were committed last.")
-@_keep_option("hourly", "each of the last N hours that have one")
-@_keep_option("daily", "each of the last N days that have one")
-@_keep_option("weekly", "each of the last N weeks that have one (ISO weeks, from Monday)")
-@_keep_option("monthly", "each of the last N months that have one")
-@click.option(
-    "--keep-within",
-    metavar="DURATION",
-    help="Keep all that are at most so much older than the newest: 30d, 12h, 2w, 1y5m7d2h (m is a month).",
-)
-@click.option("--keep-tag", multiple=True, metavar="KEY[=VALUE]", help="Keep all that have this tag. May be repeated.")
+@keep_options
 @click.option("--allow-empty", is_flag=True, help="Forget also the last snapshot of a name.")
 @click.option("--dry-run", is_flag=True, help="Show each decision, and do nothing.")
 def forget(
@@ -79,7 +93,7 @@ def forget(
     """
     from outlast.repo.forget import execute, plan
 
-    policy = _policy(counts, keep_within, keep_tag)
+    policy = policy_of(counts, keep_within, keep_tag)
     repository = call.repository()
     ids = [_id_of(repository, each, name) for each in snapshot]
     planned = plan(repository, name=name, policy=policy, ids=ids)
@@ -108,7 +122,7 @@ def _id_of(repository: Repository, reference: str, name: str | None) -> str:
     return found.id
 
 
-def _policy(counts: dict[str, int | None], within: str | None, tags: Sequence[str]) -> Policy | None:
+def policy_of(counts: dict[str, int | None], within: str | None, tags: Sequence[str]) -> Policy | None:
     """The rules, None where no --keep option was given. Raises `InvalidInput`."""
     from outlast.repo.retention import Policy, duration_seconds
 

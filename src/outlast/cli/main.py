@@ -26,6 +26,7 @@ from outlast.cli import (
     protect,
     repository,
     runs,
+    watch,
 )
 from outlast.cli.command import Group, Options, make_printer, tell, terminate
 
@@ -44,6 +45,7 @@ def app() -> None:
 
 for command in (protect.init, protect.backup, protect.snapshots, look.show, look.diff, protect.restore):
     app.add_command(command)
+app.add_command(watch.watch)
 app.add_command(checking.check)
 app.add_command(collect.forget)
 app.add_command(collect.prune)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _WARNINGS_MAX = 100
 _WARNING_ENDINGS = {
     "corrupt", "damaged", "failed", "ignored", "lost", "missing", "not_committed", "not_written",
-    "skipped", "space", "target_in_source", "unreadable", "unstable",
+    "skipped", "space", "target_in_source", "unreadable", "unstable", "waiting",
 }  # fmt: skip
 _BAR_AFTER_SECONDS = 0.5
 _LINE_EVERY_SECONDS = 0.2
@@ -63,6 +63,10 @@ class Printer(Protocol):
         """
         ...
 
+    def say(self, line: str) -> None:
+        """A line on standard output for people, while the work goes on; in JSON events say it."""
+        ...
+
     def warn(self, text: str) -> None:
         """On standard error, in every form: what makes the result less than it seems."""
         ...
@@ -97,6 +101,16 @@ class TextPrinter:
                 self._tell(f"outlast: warning: {printable(event.reason)}")
             elif self._warned == _WARNINGS_MAX + 1:
                 self._tell("outlast: warning: there are more such warnings; --json lists more of them.")
+
+    def say(self, line: str) -> None:
+        if self._quiet:
+            return
+        with self._lock:
+            if self._bar is not None:
+                self._bar.close()
+                self._bar = None
+            _write_out((line + "\n").encode("utf-8", "backslashreplace"))
+            _flush_out()
 
     def warn(self, text: str) -> None:
         with self._lock:
@@ -169,6 +183,9 @@ class JsonPrinter:
     def event(self, event: Event) -> None:
         fields = {"kind": event.kind, "reason": event.reason, **event.fields}
         self._line({"event": fields})
+
+    def say(self, line: str) -> None:
+        return
 
     def warn(self, text: str) -> None:
         _write_error(f"outlast: warning: {printable(text)}")

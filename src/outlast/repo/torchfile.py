@@ -25,7 +25,7 @@ _END64 = Struct("<4sQ2H2L4Q")
 _ENTRY = Struct("<4s6H3L5H2L")  # central directory
 _LOCAL = Struct("<4s5H3L2H")
 
-_TAIL_BYTES = 64 << 10
+TAIL_BYTES = 64 << 10
 _INNER_TAIL_BYTES = 16 << 10
 _ARCHIVES_MAX = 1 << 16
 _PICKLE_BYTES_MAX = 24 << 20
@@ -83,7 +83,7 @@ def recognises(window: Window) -> bool:
     """Whether the last (or only) archive of the file is one of torch's."""
     room = Room()
     try:
-        return bool(_archive(window, directory_place(window, window.size, _TAIL_BYTES, room), room))
+        return bool(_archive(window, directory_place(window, window.size, TAIL_BYTES, room), room))
     except Malformed:
         return False
 
@@ -147,7 +147,7 @@ def _archives(window: Window) -> list[Archive]:
     """
     archives: list[Archive] = []
     room = Room()
-    end, tail = window.size, _TAIL_BYTES
+    end, tail = window.size, TAIL_BYTES
     while end > 0 and len(archives) < _ARCHIVES_MAX:
         try:
             directory = directory_place(window, end, tail, room)
