@@ -88,7 +88,7 @@ def _section(
         elif field.unset and value in (None, ""):
             yield f"{_STEP * depth}# {field.key}: {unset.get(field.key, field.unset)}"
         elif value == "auto":
-            yield f"{_STEP * depth}{field.key}: auto  # now {unset[field.key].replace('# auto: ', 'by ')}"
+            yield f"{_STEP * depth}{field.key}: auto  # now {unset[field.key].replace('  # auto', '')}"
         else:
             yield _line(config, below, depth, field.key, scalar(field.kind.write(value)))
 
