@@ -33,7 +33,7 @@ from outlast.backup.restore_plan import (
     why_without_content,
 )
 from outlast.backup.staging import Staging
-from outlast.errors import Busy, Corrupt, OutlastError, Refused, StoreFull, Unavailable
+from outlast.errors import Archived, Busy, Corrupt, OutlastError, Refused, StoreFull, Unavailable
 from outlast.events import Event
 from outlast.repo.repository import Repository
 
@@ -385,7 +385,15 @@ def _lost(plan: RestorePlan, lost: dict[str, OutlastError]) -> OutlastError:
     for error in lost.values():
         if error.retryable:
             return error
-    cause = next(iter(lost.values()))
+    archived = [path for path, error in lost.items() if isinstance(error, Archived)]
+    if len(archived) == len(lost):
+        return Archived(
+            f"{len(lost)} of {plan.files} files are in packs that are archived and not thawed yet: "
+            f"{first_few(sorted(lost))}. {shown(plan.target)} is untouched.",
+            hint=f"`--thaw` starts the thaw. What was fetched is kept in {shown(plan.staging)} and used by the "
+            "next restore of this snapshot to this place.",
+        )
+    cause = next(error for error in lost.values() if not isinstance(error, Archived))
     return Corrupt(
         f"{len(lost)} of {plan.files} files can't be restored: {first_few(sorted(lost))}. "
         f"The first reason: {cause.message} {shown(plan.target)} is untouched.",

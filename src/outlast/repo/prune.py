@@ -114,7 +114,11 @@ def _plan(repository: Repository, policy: Policy, *, dry_run: bool) -> PrunePlan
     state = repository.state
     index = repository.load_index()
     usage = Usage(
-        index, exclude=state.condemned, damaged={*state.quarantined, *state.damaged}, among=state.readable_packs()
+        index,
+        exclude=state.condemned,
+        damaged={*state.quarantined, *state.damaged},
+        among=state.readable_packs(),
+        archived=repository.archived,
     )
     unknown: list[bytes] = []
     try:
@@ -191,7 +195,8 @@ def _facts(repository: Repository, usage: Usage, now_seconds: float) -> list[Pac
             facts.append(PackFacts(name, "condemned", ref.bytes, needed, ages[seq]))
         else:
             place: Place = "quarantined" if name in state.quarantined else "live"
-            facts.append(PackFacts(name, place, ref.bytes, needed, readable=used is not None))
+            archived = name in repository.archived
+            facts.append(PackFacts(name, place, ref.bytes, needed, readable=used is not None, archived=archived))
     named = {fact.name for fact in facts}
     for info in repository.store.list("packs/"):
         name = info.name.rpartition("/")[2]

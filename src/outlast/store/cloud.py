@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from outlast.errors import (
+    Archived,
     Exists,
     InvalidInput,
     NotFound,
@@ -26,7 +27,7 @@ from outlast.errors import (
     StoreFull,
     Unavailable,
 )
-from outlast.store.base import Buffer, Capabilities, ObjectInfo, check_name
+from outlast.store.base import HOW_TO_THAW, Buffer, Capabilities, ObjectInfo, check_name
 from outlast.store.local import check_range
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ _CONNECTION_FAILURES = {
     "kind: Connect": "no connection",
 }
 _WORTH_RETRYING = {408, 409, 412, 416, 425, 429}
+_ARCHIVED_CODES = {"InvalidObjectState", "BlobArchived"}  # of S3 and of Azure
 _FULL_CODES = {"QuotaExceeded", "QuotaExceededException", "InsufficientStorage", "XMinioStorageFull"}
 
 
@@ -352,6 +354,11 @@ def _translate(exc: BaseException, action: str, name: str, url: str) -> OutlastE
         )
     if _METADATA_HOST in str(exc):
         return _denial(reason, action, what, url)
+    if any(code in reason for code in _ARCHIVED_CODES):
+        return Archived(
+            f"{what} of {url} is archived and has to be thawed before it can be read ({reason}). It is whole.",
+            hint=HOW_TO_THAW,
+        )
     if isinstance(exc, FileNotFoundError) or status == 404:
         if "NoSuchBucket" in reason or action in {"write", "list"}:
             bucket = urlsplit(url).netloc
