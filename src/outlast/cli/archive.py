@@ -1,4 +1,4 @@
-"""The commands about storage classes: repo archive, repo thaw; and what restore says about archived packs."""
+"""The commands about storage classes: repo archive, repo thaw."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import click
 
 from outlast.cli.command import PARTLY_DONE, Call, Command
 from outlast.cli.protect import name_option, snapshot_argument
-from outlast.cli.text import count_text, duration_text, printable, short_id, size_text, span_seconds, table, time_text
+from outlast.cli.text import count_text, duration_text, printable, short_id, size_text, span_seconds
+from outlast.cli.thawing import TIERS, money, started_lines, thaw_document, thaw_lines
 
 if TYPE_CHECKING:
-    from outlast.backup.thawed import Thawing
     from outlast.repo.archive import ArchiveReport
     from outlast.repo.archive_plan import ArchivePlan
-    from outlast.repo.thaw_plan import Prices, ThawPlan, Tier
+    from outlast.repo.thaw_plan import Prices, Tier
 
 _CODES = (10, 12, 20, 21)
-_TIERS = click.Choice(["expedited", "standard", "bulk"])
 
 
 @click.command(cls=Command, codes=(3, *_CODES), when_stopped="Every pack is whole; the same command goes on.")
@@ -72,8 +71,8 @@ def _archive_lines(planned: ArchivePlan, document: dict[str, Any]) -> Iterator[s
     what = f"{count_text(len(planned.packs), 'pack')}, {size_text(planned.bytes)}"
     yield f"Would move {what}, to {storage_class}. Nothing was changed."
     if planned.packs:
-        before, after = (_money(document[name], currency) for name in ("month_before", "month_after"))
-        yield f"Moving costs {_money(document['cost'], currency)}; a month then {after} instead of {before}."
+        before, after = (money(document[name], currency) for name in ("month_before", "month_after"))
+        yield f"Moving costs {money(document['cost'], currency)}; a month then {after} instead of {before}."
         if days := DAYS_MIN.get(storage_class):
             yield f"{count_text(days, 'day')} are billed, however soon it is deleted."
     yield from _left_lines(planned)
@@ -100,7 +99,7 @@ def _moved_lines(planned: ArchivePlan, report: ArchiveReport) -> Iterator[str]:
 @click.command(cls=Command, codes=_CODES)
 @snapshot_argument
 @name_option
-@click.option("--tier", type=_TIERS, default="standard", show_default=True, help="How fast, and how dear.")
+@click.option("--tier", type=TIERS, default="standard", show_default=True, help="How fast, and how dear.")
 @click.option("--dry-run", is_flag=True, help="Show what would be thawed, how long it takes and what it costs.")
 def thaw(call: Call, snapshot: str, name: str | None, tier: str, dry_run: bool) -> None:
     """Thaw the archived packs that a snapshot needs, for a restore, a copy or a check.
@@ -122,92 +121,3 @@ def thaw(call: Call, snapshot: str, name: str | None, tier: str, dry_run: bool) 
     heading = f"Snapshot {short_id(chosen.id)} of {printable(chosen.name)}:"
     lines = [heading, *thaw_lines(found), *([] if dry_run else started_lines(found, way, Prices()))]
     call.result(document, lines, always=dry_run)
-
-
-# -- what restore says -----------------------------------------------------------------------------
-
-
-def thaw_option(command: Any) -> Any:
-    """--thaw and --wait of restore."""
-    command = click.option("--wait", is_flag=True, help="With --thaw: wait until all has thawed, and restore it.")(
-        command
-    )
-    return click.option("--thaw", type=_TIERS, help="Thaw what is archived; what has thawed is fetched.")(command)
-
-
-def thaw_document(found: ThawPlan) -> dict[str, Any]:
-    import msgspec
-
-    from outlast.repo.pack import object_name
-
-    def objects(held: Any) -> list[dict[str, Any]]:
-        return [
-            {"object": object_name(each.pack), "bytes": each.bytes, "storage_class": each.storage_class}
-            for each in held
-        ]
-
-    return {
-        "packs": found.packs,
-        "bytes": found.bytes,
-        "archived": objects(found.archived),
-        "thawing": objects(found.thawing),
-        "ways": msgspec.to_builtins(found.ways),
-        "currency": found.currency,
-    }
-
-
-def thaw_lines(found: ThawPlan) -> Iterator[str]:
-    """Which packs, how long, how much."""
-    if not found.waiting:
-        yield f"Nothing has to be thawed: {count_text(found.packs, 'pack')} can be read."
-        return
-    if found.archived:
-        classes = ", ".join(sorted({each.storage_class for each in found.archived}))
-        size = size_text(sum(each.bytes for each in found.archived))
-        yield f"To be thawed: {len(found.archived):,} of {count_text(found.packs, 'pack')}, {size} in {classes}."
-        yield from table(
-            ("TIER", "WITHIN", f"COST ({found.currency})"),
-            ((way.tier, duration_text(way.hours * 3600), f"{way.cost:,.4f}") for way in found.ways),
-            right=f"WITHIN COST ({found.currency})",
-        )
-    if found.thawing:
-        size = size_text(sum(each.bytes for each in found.thawing))
-        yield f"Thawing already: {count_text(len(found.thawing), 'pack')}, {size}."
-
-
-def started_lines(found: ThawPlan, tier: Tier, prices: Prices) -> Iterator[str]:
-    if not found.waiting:
-        return
-    way = found.way(tier)
-    if found.archived and way:
-        yield f"The thaw of {count_text(len(found.archived), 'pack')} was started by {tier}: {_money(way.cost, prices.currency)}."
-    yield f"All can be read within {duration_text(found.hours_left(tier, prices) * 3600)}, as a rule."
-
-
-def tell_thawing(call: Call, waiting: Thawing, tier: Tier) -> int:
-    """The end of a restore that waits for a thaw."""
-    from outlast.clock import SYSTEM_CLOCK
-    from outlast.records import time_text as rfc3339
-    from outlast.repo.thaw_plan import Prices
-
-    ready = rfc3339(SYSTEM_CLOCK.now_ns() + round(waiting.hours * 3600 * 10**9))
-    document = {"restored": False, "thaw": thaw_document(waiting.thaw), "hours": waiting.hours, "ready": ready}
-    count = count_text(waiting.thaw.waiting, "pack")
-    lines = [
-        *thaw_lines(waiting.thaw),
-        *started_lines(waiting.thaw, tier, Prices()),
-        f"Partly done: {count} still thawing; what had thawed was fetched, and the target is as it was. "
-        f"Run the same command again at {time_text(ready)} UTC, or add --wait.",
-    ]
-    call.result(document, lines, always=True)
-    return PARTLY_DONE
-
-
-def _money(amount: float, currency: str) -> str:
-    """
-    >>> _money(1234.5, "USD"), _money(0.0012, "USD"), _money(0, "USD")
-    ('1,234.50 USD', 'less than 0.01 USD', 'nothing')
-    """
-    if not amount:
-        return "nothing"
-    return f"less than 0.01 {currency}" if amount < 0.005 else f"{amount:,.2f} {currency}"

@@ -12,7 +12,7 @@ from itertools import takewhile
 import click
 
 from outlast import __version__
-from outlast.cli import checking, collect, copies, doctor, exchange, keys, look, protect, repository, runs
+from outlast.cli import archive, checking, collect, copies, doctor, exchange, keys, look, protect, repository, runs
 from outlast.cli.command import Group, Options, make_printer, tell, terminate
 
 
@@ -36,6 +36,8 @@ app.add_command(collect.prune)
 app.add_command(keys.key)
 app.add_command(copies.copy)
 app.add_command(repository.repo)
+repository.repo.add_command(archive.archive)
+repository.repo.add_command(archive.thaw)
 app.add_command(doctor.doctor)
 app.add_command(runs.runs)
 for command in (exchange.salvage, exchange.export, exchange.bring_in):

@@ -21,6 +21,7 @@ from outlast.cli.text import (
     table,
     time_text,
 )
+from outlast.cli.thawing import TIERS, ArchivedPart
 from outlast.errors import InvalidInput, NotFound
 
 if TYPE_CHECKING:
@@ -223,6 +224,8 @@ def _flaws(snapshot: Snapshot) -> str:
 @click.option("--tensor", multiple=True, metavar="NAME", help="Only tensors of this name or glob. May be repeated.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done, and do nothing.")
 @click.option("--overwrite", is_flag=True, help="Don't keep what is replaced as DIR.before-<time>.")
+@click.option("--thaw", type=TIERS, help="Thaw what is archived, and fetch what has thawed.")
+@click.option("--wait", is_flag=True, help="With --thaw: wait until all has thawed.")
 def restore(
     call: Call,
     snapshot: str,
@@ -232,15 +235,21 @@ def restore(
     tensor: Sequence[str],
     dry_run: bool,
     overwrite: bool,
+    thaw: str | None,
+    wait: bool,
 ) -> int:
     """Bring a snapshot back, every chunk verified. The target changes at one instant, at the end."""
     import msgspec
 
     from outlast.backup.restore import execute, plan
     from outlast.backup.tensors import restore_tensors
+    from outlast.backup.thawed import Thawing
 
-    if tensor and dry_run:
-        raise InvalidInput("--dry-run does not go with --tensor; nothing was done.", hint="Leave one of them out.")
+    if tensor and (dry_run or thaw):
+        option = "--dry-run" if dry_run else "--thaw"
+        raise InvalidInput(f"{option} does not go with --tensor; nothing was done.", hint="Leave one of them out.")
+    if wait and not thaw:
+        raise InvalidInput("--wait goes with --thaw alone; nothing was done.", hint="Add --thaw standard.")
     repository = call.readable_repository()
     chosen = call.snapshot(repository, snapshot, name)
     target = os.fsencode(to)
@@ -249,14 +258,21 @@ def restore(
     else:
         actions: list[Action] = []
         note = actions.append if dry_run else None
-        planned = plan(repository, chosen, target, include=include, overwrite=overwrite, note=note)
+        archived = ArchivedPart(repository, thaw, dry_run=dry_run)
+        need = archived.need
+        planned = plan(repository, chosen, target, include=include, overwrite=overwrite, note=note, need=need)
+        archived.look()
         for glob in _unfit(include, planned, repository):
             call.warnings.append(f"the pattern {glob!r} fits nothing.")
             call.printer.warn(call.warnings[-1])
         if dry_run:
-            call.result(_plan_document(planned, actions), _plan_lines(planned, actions), always=True)
+            document = {**_plan_document(planned, actions), **archived.document()}
+            call.result(document, [*_plan_lines(planned, actions), *archived.lines()], always=True)
             return 0
-        report = execute(repository, planned)
+        done = archived.restore(planned, wait=wait) if archived.matters else execute(repository, planned)
+        if isinstance(done, Thawing):
+            return archived.tell(call, done)
+        report = done
     call.result(msgspec.to_builtins(report), _restore_lines(report, chosen, to))
     return PARTLY_DONE if report.skipped else 0
 

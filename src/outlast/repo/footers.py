@@ -37,14 +37,26 @@ def keep(store: ObjectStore, ref: PackRef) -> Footer:
     return footer
 
 
-def read(store: ObjectStore, ref: PackRef) -> Footer:
-    """The verified footer. Raises `Corrupt`, `NotFound`, and `Archived` where it can't be had without thawing."""
+def read(store: ObjectStore, ref: PackRef, *, is_kept: bool = False) -> Footer:
+    """The verified footer; where it `is_kept` beside the pack, that one first.
+
+    Raises `Corrupt`, `NotFound`, and `Archived` where it can't be had without thawing.
+    """
+    if is_kept and (found := _kept(store, ref)) is not None:
+        return found
     try:
         return pack.parse_footer(_tail(store, ref), ref.name, ref.bytes)
     except Archived:
-        with suppress(Corrupt, NotFound):
-            return pack.parse_footer(store.get(kept_name(ref.name)), ref.name, ref.bytes)
-        raise
+        found = None if is_kept else _kept(store, ref)
+        if found is None:
+            raise
+        return found
+
+
+def _kept(store: ObjectStore, ref: PackRef) -> Footer | None:
+    with suppress(Corrupt, NotFound):
+        return pack.parse_footer(store.get(kept_name(ref.name)), ref.name, ref.bytes)
+    return None
 
 
 def _tail(store: ObjectStore, ref: PackRef) -> bytes:

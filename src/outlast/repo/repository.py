@@ -349,7 +349,7 @@ class Repository:
 
     def read_footer(self, ref: PackRef) -> Footer:
         """The verified footer of a pack; see `footers.read`."""
-        return footers.read(self.store, ref)
+        return footers.read(self.store, ref, is_kept=ref.name in self.archived)
 
     def locate(self, chunk: bytes) -> Location:
         """Where a chunk lies. Raises `Corrupt` when no pack that can be read holds it."""

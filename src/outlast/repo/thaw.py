@@ -98,12 +98,11 @@ def _thaw(archive: Archive, pack: PackHeld, tier: Tier) -> None:
     archive.thaw(object_name(pack.pack), tier, THAWED_DAYS)
 
 
-def refuse(repository: Repository, planned: ThawPlan) -> None:
-    """Raise `Archived` when something that is needed can't be read now."""
-    if planned.waiting:
-        what = f"{planned.waiting} of the {planned.packs} packs that are needed"
-        raise Archived(
-            f"{what} are archived and can't be read now: {len(planned.thawing)} of them are being thawed. "
-            "Everything is whole, and nothing was changed.",
-            hint="`--dry-run` shows how long thawing takes and what it costs, `--thaw` starts it.",
-        )
+def refusal(repository: Repository, planned: ThawPlan) -> Archived:
+    """What to say when something that is needed can't be read now."""
+    what = f"{planned.waiting} of the {planned.packs} packs that are needed of {repository.store.url}"
+    return Archived(
+        f"{what} are archived, and {len(planned.thawing)} of them are thawing. Everything is whole, and nothing "
+        "was changed.",
+        hint="`--dry-run` shows how long thawing takes and what it costs, `--thaw standard` starts it.",
+    )
