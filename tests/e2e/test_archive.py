@@ -10,18 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from shell import Shell
 
 from outlast.backup.create import create
-from outlast.backup.restore import RestoreReport
+from outlast.backup.restore import RestoreReport, execute, plan
 from outlast.backup.thawed import Thawing, restore_thawed
 from outlast.clock import SYSTEM_CLOCK, ManualClock
-from outlast.errors import Archived
-from outlast.repo import archive, footers, forget
+from outlast.errors import Archived, InvalidInput
+from outlast.repo import archive, forget
 from outlast.repo.archive_plan import ArchivePolicy
 from outlast.repo.check import check
 from outlast.repo.copy import copy
+from outlast.repo.index import build_segment, segment_name
 from outlast.repo.pack import object_name
 from outlast.repo.prune import prune
 from outlast.repo.prune_plan import Policy
@@ -79,10 +81,10 @@ def bucket(moto_server: MotoServer, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 def fill(folder: Path, **files: int) -> Path:
-    """Files of so many random bytes each."""
+    """Files of so many bytes each, which look random and are the same in every run: so are the packs."""
     folder.mkdir(exist_ok=True)
     for name, size in files.items():
-        (folder / name).write_bytes(os.urandom(size))
+        (folder / name).write_bytes(np.random.default_rng([size, *name.encode()]).bytes(size))
     return folder
 
 
@@ -299,25 +301,36 @@ def test_thaw_by_the_snapshot_lets_everything_else_read(bucket: Bucket, shell: S
 
 def test_expedited_is_refused_where_there_is_no_such_thing(bucket: Bucket, tmp_path: Path) -> None:
     repository = archived(bucket, fill(tmp_path / "data", one=1_500_000), "DEEP_ARCHIVE")
-    with pytest.raises(Exception, match="DEEP_ARCHIVE can't be thawed by expedited"):
+    with pytest.raises(InvalidInput, match="DEEP_ARCHIVE can't be thawed by expedited"):
         restore_thawed(repository, repository.snapshots()[0], os.fsencode(tmp_path / "back"), "expedited")
 
 
 def test_packs_that_somebody_else_archived_are_no_damage(bucket: Bucket, tmp_path: Path) -> None:
     """As a lifecycle rule does it: no footer is kept beside them."""
     repository = made(bucket, fill(tmp_path / "data", one=3_500_000))
+    segment = build_segment(list(repository.uncovered))
+    repository.store.put(f"index/{segment_name(segment, None)}", [segment])
     [snapshot] = repository.snapshots()
-    manifest = repository.locate(bytes.fromhex(snapshot.manifest[0][0])).pack.name
-    other = next(name for name in sorted(repository.state.packs) if name != manifest)
-    source = {"Bucket": bucket.name, "Key": f"models/{object_name(other)}"}
-    bucket.client.copy_object(**source, CopySource=source, StorageClass="GLACIER")
+    lists = repository.locate(bytes.fromhex(snapshot.manifest[0][0])).pack.name
+    other = next(name for name in sorted(repository.state.packs) if name != lists)
+    key = {"Bucket": bucket.name, "Key": f"models/{object_name(other)}"}
+    bucket.client.copy_object(**key, CopySource=key, StorageClass="GLACIER")
+
+    again = Repository.open(open_store(bucket.url))
+    found = check(again, data="all")
+    assert (found.ok, found.archived_packs) == (True, 1), found.damaged
     target = os.fsencode(tmp_path / "back")
-    with pytest.raises(Archived):
-        repository.get_chunk(next(row for row, _ in repository.index.ordered() and _chunks_of(repository, other)))
-    assert not footers.kept(repository.store)
-    assert isinstance(restore_thawed(repository, snapshot, target, "standard"), Thawing)
+    with pytest.raises(Archived, match="archived and not thawed"):
+        execute(again, plan(again, snapshot, target))
+    assert isinstance(restore_thawed(again, snapshot, target, "standard"), Thawing)
+    assert isinstance(restore_thawed(again, snapshot, target, "standard"), RestoreReport)
 
 
-def _chunks_of(repository: Repository, pack: str) -> list[tuple[bytes, str]]:
-    found = [repository.index.row(number) for number in range(len(repository.index))]
-    return [(chunk, location.pack.name) for chunk, location in found if location.pack.name == pack]
+def test_packs_alone_are_created_in_the_class_that_was_asked_for(bucket: Bucket, tmp_path: Path) -> None:
+    store = open_store(bucket.url, pack_class="STANDARD_IA")
+    create(Repository.create(store), [os.fsencode(fill(tmp_path / "data", one=1_000))])
+    classes = {(name.partition("/")[0], kind) for name, kind in bucket.classes().items()}
+    assert ("packs", "STANDARD_IA") in classes
+    assert {kind for place, kind in classes if place != "packs"} == {"STANDARD"}
+    with pytest.raises(InvalidInput, match="GLACIER"):
+        open_store(bucket.url, pack_class="GLACIER")

@@ -6,15 +6,16 @@ has a copy in a pack that stays. So a repository whose packs are all archived st
 checks its structure, takes new backups, and tells which packs a restore needs.
 
     plan      which packs, and why not the others; changes nothing
-    execute   1 manifests: copy those that have no other place into a pack of their own, and commit it
-              2 for each pack: keep its footer, then let S3 copy the object onto itself, in the other class
+    execute   1 keep the footer of each pack beside it
+              2 copy manifests that have no other place into a pack that stays, and commit it
+              3 let S3 copy each pack onto itself, in the other class
 
 Killed anywhere, it leaves nothing wrong: a footer that is kept in vain, or manifests stored twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -27,7 +28,8 @@ from outlast.repo.archive_plan import ArchivePlan, ArchivePolicy, StoredPack, de
 from outlast.repo.pack import object_name
 from outlast.repo.repack import Row, repack
 from outlast.repo.repository import Repository
-from outlast.store.archive import ARCHIVES, AT_ONCE, Archive, archive_of
+from outlast.store.archive import archive_of
+from outlast.store.classes import ARCHIVES, AT_ONCE
 
 _AT_ONCE = 16
 
@@ -100,23 +102,21 @@ def _manifest_chunks(snapshots: Iterable[Snapshot]) -> set[bytes]:
 def execute(repository: Repository, planned: ArchivePlan) -> ArchiveReport:
     """Carry out a plan. Raises `Refused`, `Unavailable`, `StoreFull`; then some packs may have moved, each whole."""
     started = repository.clock.monotonic_seconds()
-    report = ArchiveReport(planned.policy.storage_class)
+    storage_class = planned.policy.storage_class
+    report = ArchiveReport(storage_class)
     archive = archive_of(repository.store)
-    chosen = {each.name: each for each in planned.packs}
-    is_thawed_first = planned.policy.storage_class in ARCHIVES
-    if is_thawed_first and chosen:
-        only = _only_there(repository, chosen.keys())
-        report.manifests_stored_again = sum(map(len, only.values()))
-        repack(repository, only.items())
-        # Also what was committed meanwhile may need a list of files that nobody needed before.
-        repository.refresh()
-        for name in _only_there(repository, chosen.keys()):
-            del chosen[name]
-            report.kept_back += 1
-    total = sum(each.bytes for each in chosen.values())
+    chosen = planned.packs
+    is_thawed_first = storage_class in ARCHIVES
+    if is_thawed_first:
+        chosen = _with_footers(repository, chosen, report)
+        chosen = _without_manifests(repository, chosen, report)
+    total = sum(each.bytes for each in chosen)
+
+    def move(pack: StoredPack) -> bool:
+        return _done(repository, pack, lambda: archive.move(object_name(pack.name), storage_class))
+
     with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="archive") as threads:
-        moves = threads.map(lambda each: _move(repository, archive, each, report.storage_class), chosen.values())
-        for each, moved in zip(chosen.values(), moves, strict=True):
+        for each, moved in zip(chosen, threads.map(move, chosen), strict=True):
             if moved:
                 report.packs += 1
                 report.bytes += each.bytes
@@ -129,9 +129,38 @@ def execute(repository: Repository, planned: ArchivePlan) -> ArchiveReport:
     return report
 
 
-def _only_there(repository: Repository, going: Iterable[str]) -> dict[str, list[Row]]:
+def _with_footers(repository: Repository, chosen: list[StoredPack], report: ArchiveReport) -> list[StoredPack]:
+    """Those whose footers lie beside them now."""
+
+    def keep(pack: StoredPack) -> bool:
+        ref = repository.state.packs[pack.name]
+        return _done(repository, pack, lambda: footers.keep(repository.store, ref))
+
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="footer") as threads:
+        kept = dict(zip([each.name for each in chosen], threads.map(keep, chosen), strict=True))
+    report.failed += [name for name, done in kept.items() if not done]
+    return [each for each in chosen if kept[each.name]]
+
+
+def _without_manifests(repository: Repository, chosen: list[StoredPack], report: ArchiveReport) -> list[StoredPack]:
+    """Those without which every list of files can be read, once the ones in them have been stored again.
+
+    From the footers on a prune takes these packs for archived, and so the new copies for those that count.
+    """
+    going = {each.name for each in chosen}
+    only = _only_there(repository, going)
+    if only:
+        report.manifests_stored_again = sum(map(len, only.values()))
+        repack(repository, only.items())
+    # What was committed meanwhile may need a list of files that nobody needed before.
+    repository.refresh()
+    kept_back = _only_there(repository, going).keys()
+    report.kept_back = len(kept_back)
+    return [each for each in chosen if each.name not in kept_back and each.name in repository.state.packs]
+
+
+def _only_there(repository: Repository, going: set[str]) -> dict[str, list[Row]]:
     """By pack that goes: the manifest chunks in it that no pack holds which stays and can be read."""
-    going = set(going)
     stays = repository.state.packs.keys() - going - repository.archived.keys()
     found: dict[str, list[Row]] = {}
     for chunk in sorted(_manifest_chunks(repository.snapshots())):
@@ -145,19 +174,14 @@ def _only_there(repository: Repository, going: Iterable[str]) -> dict[str, list[
     return found
 
 
-def _move(repository: Repository, archive: Archive, pack: StoredPack, storage_class: str) -> bool:
-    """Raises where nothing else will succeed either."""
+def _done(repository: Repository, pack: StoredPack, step: Callable[[], object]) -> bool:
+    """Whether a step was made for a pack. Raises where it would fail for every other one too."""
     try:
-        ref = repository.state.find(pack.name)
-        if ref is None:
-            return False  # a prune was quicker
-        if storage_class in ARCHIVES:
-            footers.keep(repository.store, ref)
-        archive.move(object_name(pack.name), storage_class)
+        step()
     except Refused:
         raise
     except OutlastError as exc:
-        if not isinstance(exc, NotFound):
+        if not isinstance(exc, NotFound):  # else a prune was quicker
             what = f"pack {pack.name[:16]} was not moved: {exc.message}"
             repository.sink.event(Event("pack.not_archived", what, {"object": object_name(pack.name)}))
         return False

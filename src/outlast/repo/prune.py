@@ -113,6 +113,7 @@ def plan(repository: Repository, policy: Policy | None = None, *, dry_run: bool 
 def _plan(repository: Repository, policy: Policy, *, dry_run: bool) -> PrunePlan:
     state = repository.state
     index = repository.load_index()
+    repository.learn_archived()  # now: whatever copy of a manifest the state names was made after these were marked
     usage = Usage(
         index,
         exclude=state.condemned,

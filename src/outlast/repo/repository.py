@@ -299,7 +299,7 @@ class Repository:
         """
         wanted = self.state.readable_packs()
         if not self._indexed:
-            self.archived.update(dict.fromkeys(footers.kept(self.store) - self.archived.keys(), False))
+            self.learn_archived()
             for info in self.store.list("index/"):
                 name = info.name.removeprefix("index/")
                 if info.name in self.state.ignored:
@@ -325,8 +325,13 @@ class Repository:
         self.log.refresh()
         self.index.forget_packs(self.log.swept)
         self.uncovered = [footer for footer in self.uncovered if footer.name not in self.log.swept]
+        self.archived = dict.fromkeys(self.archived, False)
         if self._indexed:
             self.load_index()
+
+    def learn_archived(self) -> None:
+        """Learn which packs were archived, or are about to be; what was refused before may be asked for again."""
+        self.archived = dict.fromkeys([*self.archived, *footers.kept(self.store)], False)
 
     def use_index(self, index: Index) -> None:
         """Look chunks up in this index, which the caller has verified, instead of loading one."""

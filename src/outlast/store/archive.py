@@ -18,11 +18,7 @@ import msgspec
 from outlast.errors import NotFound, OutlastError, Refused, Unavailable
 from outlast.store.base import ObjectInfo, ObjectStore
 from outlast.store.bucket import Bucket
-
-ARCHIVES = ("GLACIER", "DEEP_ARCHIVE")
-"""classes that have to be thawed before they are read"""
-AT_ONCE = ("STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING", "GLACIER_IR")
-"""cheaper classes that are read like any other"""
+from outlast.store.classes import ARCHIVES
 
 Hold = Literal["readable", "archived", "thawing"]
 

@@ -61,6 +61,8 @@ class Capabilities(msgspec.Struct, frozen=True):
     read_bytes: int = 8 << 20
     """How many bytes to ask for in one call, where more lie side by side."""
     object_bytes_max: int = 5 << 30
+    pack_class: str = ""
+    """The storage class in which packs are created; empty: the one of the bucket."""
 
 
 class ObjectStore(Protocol):

@@ -73,7 +73,7 @@ class LockingStore(Layer):
         content = b"".join(parts)
         bucket = self.prove()
         try:
-            bucket.create(name, content, self.until_seconds())
+            bucket.create(name, content, self.until_seconds(), self.capabilities.pack_class)
         except (Exists, Unavailable) as error:
             # Neither proves anything: what is there decides, as it does for every conditional write.
             try:
@@ -150,7 +150,8 @@ class _Bucket(Bucket):
         if found.get("ObjectLockConfiguration", {}).get("ObjectLockEnabled") != "Enabled":
             raise self._not_lockable("")
 
-    def create(self, name: str, content: bytes, until_seconds: float) -> None:
+    def create(self, name: str, content: bytes, until_seconds: float, pack_class: str) -> None:
+        named = {"StorageClass": pack_class} if pack_class and name.startswith("packs/") else {}
         with self.translated("write", name):
             self.client.put_object(
                 Bucket=self.name,
@@ -159,6 +160,7 @@ class _Bucket(Bucket):
                 IfNoneMatch="*",
                 ObjectLockMode="COMPLIANCE",
                 ObjectLockRetainUntilDate=datetime.fromtimestamp(until_seconds, UTC),
+                **named,
             )
 
     def retain(self, name: str, until_seconds: float) -> None:
