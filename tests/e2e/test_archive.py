@@ -15,11 +15,12 @@ import pytest
 from shell import Shell
 
 from outlast.backup.create import create
+from outlast.backup.repair import repair
 from outlast.backup.restore import RestoreReport, execute, plan
 from outlast.backup.thawed import Thawing, restore_thawed
 from outlast.clock import SYSTEM_CLOCK, ManualClock
-from outlast.errors import Archived, InvalidInput
-from outlast.repo import archive, forget
+from outlast.errors import Archived, InvalidInput, Refused
+from outlast.repo import archive, forget, keyless
 from outlast.repo.archive_plan import ArchivePolicy
 from outlast.repo.check import check
 from outlast.repo.copy import copy
@@ -28,7 +29,9 @@ from outlast.repo.pack import object_name
 from outlast.repo.prune import prune
 from outlast.repo.prune_plan import Policy
 from outlast.repo.repository import Repository
+from outlast.store.archive import Archive
 from outlast.store.layers import open_store
+from outlast.store.local import LocalStore
 from outlast.store.memory import MemoryStore
 from servers import S3_ENVIRONMENT, MotoServer
 
@@ -130,6 +133,7 @@ def test_only_packs_move_and_the_rest_is_known_without_them(bucket: Bucket, tmp_
     found = check(repository, data="all")
     assert found.ok, found.damaged
     assert (found.archived_packs, found.packs_unread) == (len(packs), len(packs))
+    assert not repair(repository, data="all").quarantined
     again = create(repository, [os.fsencode(data)], full=True)
     assert again.bytes_added == 0, "the data is known to be there, though it can't be read"
     assert not archive.plan(repository, ArchivePolicy("DEEP_ARCHIVE")).packs
@@ -276,6 +280,7 @@ def test_a_copy_from_archived_packs_says_what_to_do_and_goes_on_once_thawed(buck
     report = copy(source, target)
     [failed] = report.failed
     assert "archived" in failed.problem
+    assert "repo thaw" in failed.problem
     assert failed.files == ["one"]
     assert not target.snapshots()
     for name in bucket.archived():
@@ -297,6 +302,66 @@ def test_thaw_by_the_snapshot_lets_everything_else_read(bucket: Bucket, shell: S
     report = shell("check", "--data", "all", "--json").json
     assert (report["ok"], report["archived_packs"], report["packs_unread"]) == (True, 0, 0)
     assert "Nothing has to be thawed" in shell("repo", "thaw", "latest").out
+
+
+def test_an_encrypted_repository_is_archived_and_checked_without_its_keys(bucket: Bucket, tmp_path: Path) -> None:
+    data = fill(tmp_path / "data", one=2_500_000)
+    made = Repository.create(open_store(bucket.url), pack_bytes=PACK_BYTES, secret=lambda: b"a secret")
+    create(made, [os.fsencode(data)])
+    assert check(made, data="all").ok
+    made.refresh()
+    archive.execute(made, archive.plan(made, ArchivePolicy("GLACIER")))
+    repository = Repository.open(open_store(bucket.url), secret=lambda: b"a secret")
+    assert [entry.path for entry in repository.entries(repository.snapshots()[0])] == [".", "one"]
+    found = keyless.scrub(open_store(bucket.url), data="all")
+    assert (found.ok, found.archived_packs) == (True, len(bucket.archived())), found.damaged
+    done = restore_thawed(repository, repository.snapshots()[0], os.fsencode(tmp_path / "back"), "bulk", wait=False)
+    assert isinstance(done, Thawing)
+    done = restore_thawed(repository, repository.snapshots()[0], os.fsencode(tmp_path / "back"), "bulk", wait=False)
+    assert isinstance(done, RestoreReport)
+    assert contents(tmp_path / "back") == contents(data)
+
+
+def test_a_folder_and_a_class_that_nobody_knows_are_refused(bucket: Bucket, tmp_path: Path) -> None:
+    local = Repository.create(LocalStore(str(tmp_path / "repo")))
+    with pytest.raises(Refused, match="storage classes"):
+        archive.plan(local, ArchivePolicy("GLACIER"))
+    with pytest.raises(InvalidInput, match="TAPE"):
+        archive.plan(made(bucket, fill(tmp_path / "data", one=1_000)), ArchivePolicy("TAPE"))
+
+
+def test_where_objects_are_locked_nothing_moves(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.client.create_bucket(Bucket=f"{bucket.name}-locked", ObjectLockEnabledForBucket=True)
+    repository = Repository.create(open_store(f"s3://{bucket.name}-locked"), lock_days=1)
+    with pytest.raises(Refused, match="locked"):
+        archive.plan(repository, ArchivePolicy("GLACIER"))
+
+
+@pytest.mark.parametrize("step", ["move", "commit"])
+def test_an_archive_that_was_cut_short_costs_nothing_and_is_gone_on_with(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    data = fill(tmp_path / "data", one=2_500_000)
+    repository = made(bucket, data)
+
+    def cut(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        if step == "move":
+            patched.setattr(Archive, "move", cut)
+        else:
+            patched.setattr(archive, "repack", cut)
+        archive.execute(repository, archive.plan(repository, ArchivePolicy("GLACIER")))
+    assert bucket.archived() == []
+    again = Repository.open(open_store(bucket.url))
+    prune(again, Policy(max_unused=0, max_delete=1, grace_seconds=0))
+    assert check(again, data="all").ok
+    again.refresh()
+    report = archive.execute(again, archive.plan(again, ArchivePolicy("GLACIER")))
+    assert report.packs == len(bucket.archived()) > 1
+    last = Repository.open(open_store(bucket.url))
+    assert len(list(last.entries(last.snapshots()[0]))) == 2
 
 
 def test_expedited_is_refused_where_there_is_no_such_thing(bucket: Bucket, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import msgspec
 
 from outlast.backup.restore import RestoreReport, execute, plan
 from outlast.errors import Archived
+from outlast.events import Event
 from outlast.records import Snapshot
 from outlast.repo.repository import Repository
 from outlast.repo.thaw import Needed, look, start
@@ -57,6 +58,8 @@ def restore_thawed(
         hours = found.hours_left(tier, prices)
         if not wait:
             return Thawing(found, hours)
+        what = f"{found.waiting} packs are thawing, for {hours:g} hours or less; what has thawed is restored."
+        repository.sink.event(Event("restore.waiting", what, {"packs": found.waiting, "hours": hours}))
         waiting = found.waiting
         while waiting >= found.waiting:
             repository.clock.sleep(min(_WAIT_SECONDS_MAX, max(_WAIT_SECONDS_MIN, hours * 3600 / _LOOKS)))

@@ -44,7 +44,7 @@ class ArchivedPart:
         from outlast.repo.thaw import look
 
         if self._needed is not None and (self._dry_run or self._tier is None):
-            self._found = look(self._repository, self._needed, self._prices)
+            self._found = look(self._repository, self._needed, self._prices, at_all=self._tier is not None)
 
     @property
     def matters(self) -> bool:

@@ -534,7 +534,8 @@ class _Session:
                 try:
                     plain = source.get_stored(chunk)  # another copy of it, or what a prune made of it
                 except (Corrupt, Archived) as exc:
-                    found.lost.append((chunk, exc.message))
+                    todo = f" {exc.hint}" if isinstance(exc, Archived) else ""
+                    found.lost.append((chunk, exc.message + todo))
                     continue
                 found.bytes_read += location.stored_bytes
                 kept = self._prepared(chunk, -1, b"", plain)

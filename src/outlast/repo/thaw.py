@@ -59,15 +59,19 @@ def may_be_archived(repository: Repository) -> bool:
     return bool(repository.archived)
 
 
-def look(repository: Repository, needed: Needed, prices: Prices) -> ThawPlan:
+def look(repository: Repository, needed: Needed, prices: Prices, *, at_all: bool = True) -> ThawPlan:
     """Ask how these packs lie, and work out what thawing takes. Changes nothing. Raises `Refused`, `Unavailable`.
 
-    What can't be read is not asked for from then on, until the next look.
+    Unless `at_all`, only at those that this program has archived. What can't be read is not asked for from then
+    on, until the next look.
     """
-    archive = archive_of(repository.store)
+    asked = needed.packs if at_all else needed.packs.keys() & repository.archived.keys()
+    archive = archive_of(repository.store) if asked else None
 
     def ask(pack: tuple[str, int]) -> PackHeld | None:
         name, size_bytes = pack
+        if archive is None or name not in asked:
+            return PackHeld(name, size_bytes, "", "readable")
         held = held_or_none(archive, object_name(name))
         return PackHeld(name, size_bytes, held.storage_class, held.hold) if held else None
 
