@@ -42,17 +42,13 @@ class Archive(Bucket):
 
     def classes(self, prefix: str) -> Iterator[tuple[ObjectInfo, str]]:
         """Objects with their storage classes, a thousand to a request."""
-        start = ""
-        while True:
-            with self.translated("list", ""):
-                page = self.client.list_objects_v2(Bucket=self.name, Prefix=self.key(prefix), StartAfter=start)
-            for each in page.get("Contents", ()):
-                start = each["Key"]
-                name = start[len(self.key("")) :]
-                info = ObjectInfo(name, each["Size"], each["LastModified"].timestamp())
-                yield info, each.get("StorageClass", "STANDARD")
-            if not page.get("IsTruncated"):
-                return
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=self.key(prefix))
+        with self.translated("list", ""):
+            for page in pages:
+                for each in page.get("Contents", ()):
+                    name = each["Key"][len(self.key("")) :]
+                    info = ObjectInfo(name, each["Size"], each["LastModified"].timestamp())
+                    yield info, each.get("StorageClass", "STANDARD")
 
     def held(self, name: str) -> Held:
         """Raises `NotFound`."""
