@@ -267,11 +267,14 @@ def test_prune_leaves_archived_packs_as_they_are_until_nobody_needs_them(bucket:
 
 
 def test_lists_of_files_stay_readable_whatever_is_pruned(bucket: Bucket, tmp_path: Path) -> None:
-    repository = archived(bucket, fill(tmp_path / "data", one=1_500_000))
+    repository = archived(bucket, fill(tmp_path / "data", one=2_500_000, two=2_500_000))
+    assert repository.state.packs.keys() - {name.rpartition("/")[2] for name in bucket.archived()}, (
+        "the copy of the list"
+    )
     report = prune(repository, Policy(max_unused=0, max_delete=1, grace_seconds=0))
-    assert report.swept == 0
+    assert report.condemned == 0
     again = Repository.open(open_store(bucket.url))
-    assert len(list(again.entries(again.snapshots()[0]))) == 2
+    assert len(list(again.entries(again.snapshots()[0]))) == 3
 
 
 def test_a_copy_from_archived_packs_says_what_to_do_and_goes_on_once_thawed(bucket: Bucket, tmp_path: Path) -> None:
@@ -341,7 +344,7 @@ def test_where_objects_are_locked_nothing_moves(bucket: Bucket, tmp_path: Path) 
 def test_an_archive_that_was_cut_short_costs_nothing_and_is_gone_on_with(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    data = fill(tmp_path / "data", one=2_500_000)
+    data = fill(tmp_path / "data", one=2_500_000, two=2_500_000)
     repository = made(bucket, data)
 
     def cut(*_: object, **__: object) -> None:
@@ -361,7 +364,7 @@ def test_an_archive_that_was_cut_short_costs_nothing_and_is_gone_on_with(
     report = archive.execute(again, archive.plan(again, ArchivePolicy("GLACIER")))
     assert report.packs == len(bucket.archived()) > 1
     last = Repository.open(open_store(bucket.url))
-    assert len(list(last.entries(last.snapshots()[0]))) == 2
+    assert len(list(last.entries(last.snapshots()[0]))) == 3
 
 
 def test_expedited_is_refused_where_there_is_no_such_thing(bucket: Bucket, tmp_path: Path) -> None:
