@@ -247,7 +247,8 @@ def restore(
 
     if tensor and (dry_run or thaw):
         option = "--dry-run" if dry_run else "--thaw"
-        raise InvalidInput(f"{option} does not go with --tensor; nothing was done.", hint="Leave one of them out.")
+        hint = "Leave one of them out." if dry_run else "`outlast repo thaw SNAPSHOT` first."
+        raise InvalidInput(f"{option} does not go with --tensor; nothing was done.", hint=hint)
     if wait and not thaw:
         raise InvalidInput("--wait goes with --thaw alone; nothing was done.", hint="Add --thaw standard.")
     repository = call.readable_repository()

@@ -147,8 +147,8 @@ def started_lines(found: ThawPlan, tier: Tier, prices: Prices) -> Iterator[str]:
 def money(amount: float, currency: str) -> str:
     """
     >>> money(1234.5, "USD"), money(0.0012, "USD"), money(0, "USD")
-    ('1,234.50 USD', 'less than 0.01 USD', 'nothing')
+    ('1,234.50 USD', '0.0012 USD', 'nothing')
     """
     if not amount:
         return "nothing"
-    return f"less than 0.01 {currency}" if amount < 0.005 else f"{amount:,.2f} {currency}"
+    return f"{amount:,.{2 if amount >= 0.1 else 4}f} {currency}"

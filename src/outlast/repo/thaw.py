@@ -105,8 +105,8 @@ def _thaw(archive: Archive, pack: PackHeld, tier: Tier) -> None:
 def refusal(repository: Repository, planned: ThawPlan) -> Archived:
     """What to say when something that is needed can't be read now."""
     what = f"{planned.waiting} of the {planned.packs} packs that are needed of {repository.store.url}"
+    thawing = f", and {len(planned.thawing)} of them are thawing" if planned.thawing else ""
     return Archived(
-        f"{what} are archived, and {len(planned.thawing)} of them are thawing. Everything is whole, and nothing "
-        "was changed.",
+        f"{what} are archived{thawing}. Everything is whole, and nothing was changed.",
         hint="`--dry-run` shows how long thawing takes and what it costs, `--thaw standard` starts it.",
     )
