@@ -57,6 +57,9 @@ class Outlast:
     def plan_prune(self, repository: Path) -> Command:
         return self._command(repository, "prune", "--dry-run", "--max-delete", "100%")
 
+    def configured(self, config: Path, *arguments: str) -> Command:
+        return Command([self.program, "--json", *arguments, "--config", str(config)])
+
     def added_bytes(self, stdout: str) -> int:
         return int(json.loads(stdout)["bytes_added"])
 

@@ -353,6 +353,36 @@ class GrownPrune(Grown):
         return AUTO.plan_prune(repository)
 
 
+class GrownLook(Grown):
+    """A command that goes by outlast.yaml, when nothing is due."""
+
+    arguments: tuple[str, ...]
+
+    def work(self, repository: Path) -> Command:
+        config = repository.with_suffix(".yaml")
+        tier = {"type": "ssd", "url": str(repository), "retention": "indefinite"}
+        config.write_text(json.dumps({"storage_tiers": {"only": tier}, "policies": {"runs": {"drill": "off"}}}))
+        return AUTO.configured(config, *self.arguments)
+
+
+class GrownPlan(GrownLook):
+    name = "grown-plan"
+    title = "What is due, of a tier with many snapshots: outlast plan"
+    arguments = ("plan",)
+
+
+class GrownStatus(GrownLook):
+    name = "grown-status"
+    title = "Are all objectives met, with many snapshots: outlast status"
+    arguments = ("status",)
+
+
+class GrownAgent(GrownLook):
+    name = "grown-agent"
+    title = "Nothing is due, with many snapshots: outlast agent --once"
+    arguments = ("agent", "--once")
+
+
 class OfTraining(Row):
     """Measured by the companion, which knows the contenders."""
 
@@ -464,6 +494,9 @@ ROWS: tuple[type[Row], ...] = (
     GrownCommit,
     GrownList,
     GrownPrune,
+    GrownPlan,
+    GrownStatus,
+    GrownAgent,
     Help,
     Stall,
     StallOverlapped,

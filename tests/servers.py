@@ -55,10 +55,10 @@ run_simple("127.0.0.1", int(sys.argv[1]), one_at_a_time, threaded=True)
 class MotoServer:
     """An S3 server process of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         if importlib.util.find_spec("moto") is None or importlib.util.find_spec("flask") is None:
             skip_or_fail("moto_server is not installed; make setup-servers")
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._process = subprocess.Popen(
             [sys.executable, "-c", _SERVE, str(self.port)],
@@ -82,6 +82,11 @@ class MotoServer:
         request = urllib.request.Request(f"{self.url}/{name}", method="PUT")
         with urllib.request.urlopen(request, timeout=30):
             pass
+
+    def kill(self) -> None:
+        """What it holds is lost: it is in its memory."""
+        self._process.kill()
+        self._process.wait()
 
     def stop(self) -> None:
         self._process.terminate()

@@ -129,6 +129,8 @@ class Snapshot(msgspec.Struct, frozen=True, omit_defaults=True):
     unreadable: int = 0
     unstable: int = 0
     program: str = ""
+    seconds: float = 0.0
+    """how long the work on it took, up to its commit; 0 where it was not measured"""
 
 
 class PackRef(msgspec.Struct, frozen=True):

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 PASSPHRASE = "correct horse battery staple"
 COMMANDS = [
     *("init", "backup", "snapshots", "show", "diff", "restore", "check", "forget", "prune", "copy", "runs"),
-    *("doctor store", "doctor resume"),
+    *("doctor store", "doctor resume", "config check", "config show"),
     *("key list", "key add", "key remove", "key rotate", "repo stats", "repo log", "repo verify-log"),
 ]
 

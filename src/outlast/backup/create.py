@@ -142,6 +142,7 @@ class _Backup:
         self._excluded = matcher(exclude)
         self._repository_inode = self._inode_of_repository()
         self._time_ns = repository.clock.now_ns()
+        self._began_seconds = repository.clock.monotonic_seconds()
         self._full = full
         self._parent = None if full else self._newest(name)
         self._parent_entries = repository.entries(self._parent) if self._parent else iter(())
@@ -184,6 +185,7 @@ class _Backup:
             unreadable=self._unreadable,
             unstable=self._unstable,
             program=f"outlast {__version__}",
+            seconds=round(self._repository.clock.monotonic_seconds() - self._began_seconds, 3),
         )
 
     def _newest(self, name: str) -> Snapshot | None:

@@ -12,7 +12,21 @@ from itertools import takewhile
 import click
 
 from outlast import __version__
-from outlast.cli import archive, checking, collect, copies, doctor, exchange, keys, look, protect, repository, runs
+from outlast.cli import agent as agents
+from outlast.cli import (
+    archive,
+    checking,
+    collect,
+    config,
+    copies,
+    doctor,
+    exchange,
+    keys,
+    look,
+    protect,
+    repository,
+    runs,
+)
 from outlast.cli.command import Group, Options, make_printer, tell, terminate
 
 
@@ -40,6 +54,9 @@ repository.repo.add_command(archive.archive)
 repository.repo.add_command(archive.thaw)
 app.add_command(doctor.doctor)
 app.add_command(runs.runs)
+app.add_command(config.config)
+for command in (agents.plan, agents.agent, agents.status):
+    app.add_command(command)
 for command in (exchange.salvage, exchange.export, exchange.bring_in):
     app.add_command(command)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
 from outlast.cli.command import CORRUPT, PARTLY_DONE, Argument, Call, Command
-from outlast.cli.passphrase import VARIABLE, is_given, new_secret
+from outlast.cli.passphrase import VARIABLE, Secret, is_given, new_secret
 from outlast.cli.text import (
     count_text,
     duration_text,
@@ -61,8 +62,9 @@ _tag_option = click.option("--tag", multiple=True, metavar="KEY=VALUE", help="A 
     metavar="N",
     help="Let nobody delete what is stored for N days after it was (S3 buckets with Object Lock).",
 )
-def init(call: Call, encrypt: bool, compression: str, lock_days: int | None) -> None:
-    """Make a repository at --repo."""
+@click.option("--config", metavar="FILE", help="Make each tier of this configuration that is not there yet.")
+def init(call: Call, encrypt: bool, compression: str, lock_days: int | None, config: str | None) -> None:
+    """Make a repository at --repo; or with --config those of all tiers that have none."""
     from outlast.repo.repository import Repository
 
     if compression not in ("auto", "none", "zstd"):
@@ -75,9 +77,12 @@ def init(call: Call, encrypt: bool, compression: str, lock_days: int | None) -> 
             "a passphrase was given, but not --encrypt; nothing was made.",
             hint=f"Add --encrypt, or leave the passphrase out (unset {VARIABLE}, or drop the option).",
         )
+    kind = cast(Literal["auto", "none", "zstd"], compression)
+    if config is not None:
+        _init_tiers(call, config, kind, new_secret(file, command) if encrypt else None, lock_days or 0)
+        return
     store = call.store()
     secret = new_secret(file, command) if encrypt else None
-    kind = cast(Literal["auto", "none", "zstd"], compression)
     made = Repository.create(store, secret=secret, compression=kind, lock_days=lock_days or 0, sink=call.printer)
     document = {
         "repository": made.format.id,
@@ -92,6 +97,31 @@ def init(call: Call, encrypt: bool, compression: str, lock_days: int | None) -> 
     if lock_days:
         lines.append(f"Each object is locked: until {count_text(lock_days, 'day')} after, nobody can delete it.")
     call.printer.result(document, lines)
+
+
+def _init_tiers(
+    call: Call, config: str, compression: Literal["auto", "none", "zstd"], secret: Secret | None, lock_days: int
+) -> None:
+    from outlast.cli.agent import load
+    from outlast.errors import NoRepository
+    from outlast.repo.repository import Repository
+    from outlast.store.layers import open_store
+
+    secret = cache(secret) if secret else None
+    made: list[str] = []
+    there: list[str] = []
+    for tier in load(call, config).policy.tiers:
+        store = open_store(tier.url)
+        try:
+            Repository.connect(store, secret=secret)
+            there.append(tier.name)
+        except NoRepository:
+            Repository.create(store, secret=secret, compression=compression, lock_days=lock_days, sink=call.printer)
+            made.append(tier.name)
+    lines = [f"Made {count_text(len(made), 'tier')}: {', '.join(made) or 'none'}."]
+    if there:
+        lines.append(f"There already: {', '.join(there)}.")
+    call.printer.result({"made": made, "there": there}, lines)
 
 
 @click.command(

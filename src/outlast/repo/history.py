@@ -13,6 +13,7 @@ from outlast.repo.state import (
     DRILL,
     FORGET,
     KEY,
+    LEASE,
     PACKS,
     PROVEN,
     QUARANTINE,
@@ -156,6 +157,10 @@ def _drill(entry: LogEntry, before: State, size_text: SizeText) -> str:
     return f"drill with snapshot {_short(drill.snapshot)} of {drill.name}: {came}, {reached} reached{failed}"
 
 
+def _lease(entry: LogEntry, before: State, size_text: SizeText) -> str:
+    return f"the lease {entry.body.get('lease', '')} was taken over: whoever had it before commits nothing any more"
+
+
 def _key(entry: LogEntry, before: State, size_text: SizeText) -> str:
     def text(field: str) -> str:
         return str(entry.body.get(field, ""))
@@ -188,6 +193,7 @@ _SENTENCES: dict[str, Callable[[LogEntry, State, SizeText], str]] = {
     RESUMED: _resumed,
     PROVEN: _proven,
     DRILL: _drill,
+    LEASE: _lease,
     KEY: _key,
 }
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from outlast import records
 from outlast.clock import Clock
-from outlast.errors import Corrupt, Exists, InvalidInput, NotFound, OutlastError, Unavailable
+from outlast.errors import Corrupt, Exists, Fenced, InvalidInput, NotFound, OutlastError, Unavailable
 from outlast.events import Event, EventSink
 from outlast.records import LogEntry
 from outlast.repo import seal
@@ -67,6 +67,8 @@ class Log:
         self.state = State(0, anchor)
         self.swept: set[str] = set()
         """packs that were swept since this log was loaded: a session that relies on one has to begin again"""
+        self.fence: tuple[str, int] | None = None
+        """the lease under which entries are made, and its token: where a newer owner made one, they are refused"""
         self.damage = ""
         """why nothing can be committed: what some entries said is unknown"""
 
@@ -214,6 +216,7 @@ class Log:
             assert self.state.seq == before, "an entry would follow a state that it was not made for"
             if body is None:
                 return None
+            body = self._fenced(body)
             entry = self._entry(kind, body, write_id)
             name, data = entry_name(entry.seq), self._encode(entry)
             try:
@@ -237,6 +240,17 @@ class Log:
             f"the commit was not accepted after {_APPEND_TRIES} tries: {failure.message}",
             hint="Nothing was lost: what was uploaded is kept. Run the command again.",
         ) from failure
+
+    def _fenced(self, body: dict[str, Any]) -> dict[str, Any]:
+        if self.fence is None:
+            return body
+        name, token = self.fence
+        if self.state.fences.get(name, 0) > token:
+            raise Fenced(
+                f"the lease {name} has a newer owner, who has committed already; nothing was committed.",
+                hint="This process was stopped, or cut off, for longer than the lease lasts. Others do its work now.",
+            )
+        return {**body, "fence": [name, token]}
 
     def _entry(self, kind: str, body: dict[str, Any], write_id: str) -> LogEntry:
         return LogEntry(

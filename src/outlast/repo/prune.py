@@ -35,9 +35,9 @@ from outlast.repo.seal import ID_BYTES
 from outlast.repo.state import CONDEMN, PACKS, SWEEP, Condemned, State
 from outlast.repo.tidy import tidy
 from outlast.repo.usage import Usage
+from outlast.store.lease import store_time_seconds
 from outlast.store.lock import LockingStore
 
-_CLOCK = "clock"
 _TRIES = 5
 _PACKS_AT_ONCE = 256
 """so many are proven together: their chunks are held in memory, some 500 bytes each"""
@@ -131,7 +131,11 @@ def _plan(repository: Repository, policy: Policy, *, dry_run: bool) -> PrunePlan
             f"{len(set(unknown))} chunks that snapshots need are in no pack that can be read, so nothing was pruned.",
             hint=_HINT_DAMAGED,
         )
-    now = repository.clock.now_ns() / 1e9 if dry_run else _store_time_seconds(repository)
+    now = (
+        repository.clock.now_ns() / 1e9
+        if dry_run
+        else store_time_seconds(repository.store, repository.clock.random_bytes(16).hex())
+    )
     facts = _facts(repository, usage, now)
     decided = decide(facts, policy)
     _refuse_lies(repository, {each.pack for each in decided.of("condemn", "repack", "sweep")})
@@ -204,12 +208,6 @@ def _facts(repository: Repository, usage: Usage, now_seconds: float) -> list[Pac
         if name not in named and info.name == object_name(name):
             facts.append(PackFacts(name, "unnamed", info.size_bytes, 0, now_seconds - info.modified_seconds))
     return facts
-
-
-def _store_time_seconds(repository: Repository) -> float:
-    """The store's own time: that of an object written just now."""
-    repository.store.put(_CLOCK, [repository.clock.random_bytes(16).hex().encode()])
-    return repository.store.stat(_CLOCK).modified_seconds
 
 
 def prune(repository: Repository, policy: Policy | None = None) -> PruneReport:

@@ -41,7 +41,8 @@ KEY = "key"
 RESUMED = "resumed"
 PROVEN = "proven"
 DRILL = "drill"
-KINDS = (SNAPSHOT, PACKS, FORGET, CONDEMN, SWEEP, QUARANTINE, VERIFIED, KEY, RESUMED, PROVEN, DRILL)
+LEASE = "lease"
+KINDS = (SNAPSHOT, PACKS, FORGET, CONDEMN, SWEEP, QUARANTINE, VERIFIED, KEY, RESUMED, PROVEN, DRILL, LEASE)
 
 
 class Condemned(msgspec.Struct, frozen=True):
@@ -106,9 +107,13 @@ class State(msgspec.Struct, omit_defaults=True):
     """checkpoint -> for each time that its run went on from it, and saved no later one: the step at which the life
     before that died, if it went on from it too, or -1"""
     proven: dict[str, str] = {}
-    """snapshot -> when every byte of it was last read here and right, RFC 3339; none that was found damaged since"""
+    """snapshot -> since when every byte of it was read here and right, RFC 3339; none that was found damaged since"""
+    hurt: dict[str, str] = {}
+    """snapshot -> when it was last found damaged here, RFC 3339; none that was proven since"""
     drills: dict[str, Drill] = {}
     """name of snapshots -> the last drill with one of them"""
+    fences: dict[str, int] = {}
+    """lease -> the highest fencing token of an entry: its earlier owners commit nothing any more"""
 
     def apply(self, entry: LogEntry, entry_hash: str) -> None:
         """Fold one entry. Kinds this version doesn't know change nothing here; `Corrupt` when it can't be read."""
@@ -116,6 +121,7 @@ class State(msgspec.Struct, omit_defaults=True):
         if fold is not None:
             try:
                 fold(self, entry)
+                _fence(self, entry)
             except (msgspec.ValidationError, KeyError) as exc:
                 raise Corrupt(f"log entry {entry.seq} ({entry.kind}) can't be read: {exc}.") from exc
         self.seq = entry.seq
@@ -192,6 +198,7 @@ def _forget(state: State, entry: LogEntry) -> None:
         state.snapshots.pop(snapshot, None)
         state.resumed.pop(snapshot, None)
         state.proven.pop(snapshot, None)
+        state.hurt.pop(snapshot, None)
 
 
 def _condemn(state: State, entry: LogEntry) -> None:
@@ -232,10 +239,32 @@ def _verified(state: State, entry: LogEntry) -> None:
 
 
 def _proven(state: State, entry: LogEntry) -> None:
+    since = msgspec.convert(entry.body.get("since", {}), dict[str, str])
     for snapshot in _names(entry, "snapshots"):
-        if snapshot in state.snapshots:
-            state.proven[snapshot] = entry.time
+        _prove(state, snapshot, min(since.get(snapshot, entry.time), entry.time))
     for snapshot in _names(entry, "damaged"):
+        _hurt(state, snapshot, entry.time)
+
+
+def _fence(state: State, entry: LogEntry) -> None:
+    if "fence" in entry.body:
+        name, token = msgspec.convert(entry.body["fence"], tuple[str, int])
+        state.fences[name] = max(token, state.fences.get(name, 0))
+
+
+def _lease(state: State, entry: LogEntry) -> None:
+    """Its fence is all that it says."""
+
+
+def _prove(state: State, snapshot: str, time: str) -> None:
+    if snapshot in state.snapshots:
+        state.proven[snapshot] = time
+        state.hurt.pop(snapshot, None)
+
+
+def _hurt(state: State, snapshot: str, time: str) -> None:
+    if snapshot in state.snapshots:
+        state.hurt[snapshot] = time
         state.proven.pop(snapshot, None)
 
 
@@ -243,9 +272,9 @@ def _drill(state: State, entry: LogEntry) -> None:
     drill = msgspec.structs.replace(msgspec.convert(entry.body["drill"], Drill), time=entry.time)
     state.drills[drill.name] = drill
     if drill.level < 0:
-        state.proven.pop(drill.snapshot, None)
-    elif drill.snapshot in state.snapshots:
-        state.proven[drill.snapshot] = entry.time
+        _hurt(state, drill.snapshot, entry.time)
+    else:
+        _prove(state, drill.snapshot, entry.time)
 
 
 class _KeyChange(msgspec.Struct):
@@ -287,4 +316,5 @@ _FOLDS: dict[str, Any] = {
     RESUMED: _resumed,
     PROVEN: _proven,
     DRILL: _drill,
+    LEASE: _lease,
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from outlast.clock import SYSTEM_CLOCK, Clock
 from outlast.errors import Exists, NotFound
@@ -17,6 +19,26 @@ class _Shelf:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.objects: dict[str, tuple[bytes, int]] = {}
+        self.names: list[str] = []
+        """of the objects, in order"""
+
+    def put(self, name: str, content: bytes, now_ns: int) -> None:
+        if name not in self.objects:
+            insort(self.names, name)
+        self.objects[name] = content, now_ns
+
+    def delete(self, name: str) -> None:
+        if self.objects.pop(name, None) is not None:
+            del self.names[bisect_left(self.names, name)]
+
+    def listed(self, prefix: str, after: str) -> list[ObjectInfo]:
+        found = []
+        for name in islice(self.names, max(bisect_left(self.names, prefix), bisect_right(self.names, after)), None):
+            if not name.startswith(prefix):
+                break
+            content, modified_ns = self.objects[name]
+            found.append(ObjectInfo(name, len(content), modified_ns / 1e9))
+        return found
 
 
 _shelves: dict[str, _Shelf] = {}
@@ -54,12 +76,12 @@ class MemoryStore:
         with self._shelf.lock:
             if check_name(name) in self._shelf.objects:
                 raise Exists(f"{name} already exists; it was left as it is.")
-            self._shelf.objects[name] = content, self._clock.now_ns()
+            self._shelf.put(name, content, self._clock.now_ns())
 
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         content = b"".join(parts)
         with self._shelf.lock:
-            self._shelf.objects[check_name(name)] = content, self._clock.now_ns()
+            self._shelf.put(check_name(name), content, self._clock.now_ns())
 
     def get(self, name: str) -> bytes:
         return self._find(name)[0]
@@ -76,17 +98,12 @@ class MemoryStore:
 
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
         with self._shelf.lock:
-            found = sorted(
-                (name, len(content), modified_ns)
-                for name, (content, modified_ns) in self._shelf.objects.items()
-                if name.startswith(prefix) and name > after
-            )
-        for name, size_bytes, modified_ns in found:
-            yield ObjectInfo(name, size_bytes, modified_ns / 1e9)
+            found = self._shelf.listed(prefix, after)
+        yield from found
 
     def delete(self, name: str) -> None:
         with self._shelf.lock:
-            self._shelf.objects.pop(check_name(name), None)
+            self._shelf.delete(check_name(name))
 
     def _find(self, name: str) -> tuple[bytes, int]:
         with self._shelf.lock:

@@ -1,0 +1,268 @@
+"""The commands that go by outlast.yaml: agent, plan, status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from outlast.cli.command import FAILED, PARTLY_DONE, Call, Command
+from outlast.cli.text import count_text, printable, size_text, table, time_text
+from outlast.clock import SYSTEM_CLOCK
+
+if TYPE_CHECKING:
+    from outlast.config import Config
+    from outlast.events import Event, Progress
+    from outlast.repo.repository import Repository
+    from outlast.store.base import ObjectStore
+    from outlast.tiers.due import Plan, Task
+    from outlast.tiers.places import Places
+    from outlast.tiers.policy import Policy
+    from outlast.tiers.status import Named, Standing, Status
+
+_STOP_SECONDS = 20.0
+CONFIG = click.option(
+    "--config", "config", metavar="FILE", help="The configuration (or OUTLAST_CONFIG; ./outlast.yaml)."
+)
+
+
+def load(call: Call, given: str | None) -> Config:
+    """The configuration, its warnings told. Raises `InvalidInput`, `NotFound`."""
+    from outlast import config
+
+    found = config.load(config.find(given))
+    for warning in found.warnings:
+        call.printer.warn(warning.text(found.path))
+    return found
+
+
+def places(call: Call, policy: Policy) -> Places:
+    """The tiers, to be opened with the passphrase that is known, whatever each of them is."""
+    from outlast.repo.repository import Repository
+    from outlast.store.layers import open_store
+    from outlast.tiers.places import Places
+
+    secret = call.secret()
+
+    def opened(store: ObjectStore) -> Repository:
+        return Repository.open(store, secret=secret, sink=call.printer)
+
+    return Places(policy, lambda tier: open_store(tier.url, SYSTEM_CLOCK), opened, SYSTEM_CLOCK)
+
+
+@click.command(cls=Command, codes=(3,), when_stopped="What was committed is whole; the rest is done next time.")
+@CONFIG
+@click.option("--once", is_flag=True, help="Do what is due now, and end: for cron and Kubernetes.")
+def agent(call: Call, config: str | None, once: bool) -> int:
+    """Back up, copy, prove, drop and rehearse whenever it is due.
+
+    It keeps nothing: what is due follows from the logs of the tiers. It may be killed at any time, moved to another
+    machine, or run several times at once; a lease in each tier keeps two from doing the same work. What it does, and
+    why, is told line by line; `outlast plan` tells it beforehand. With --once exit code 3 says that something failed.
+    """
+    from outlast.agent import once as do_once
+    from outlast.tiers.jobs import jobs
+
+    policy = load(call, config).policy
+    teller = _Teller(call)
+    made = jobs(policy, places(call, policy), teller, one_thread=once)
+    if not once:
+        return _serve(call, made, teller)
+    do_once(made, SYSTEM_CLOCK)
+    document = {"done": teller.done, "failed": teller.failed, "problems": teller.problems}
+    call.printer.result(document, _once_lines(teller))
+    return PARTLY_DONE if teller.failed or teller.problems else 0
+
+
+def _once_lines(teller: _Teller) -> Iterator[str]:
+    told = [count_text(len(teller.done), "task") + " done"]
+    told += [f"{len(teller.failed):,} failed"] if teller.failed else []
+    told += [count_text(len(teller.problems), "problem")] if teller.problems else []
+    yield f"{', '.join(told)}." if teller.done or teller.failed else "Nothing was due."
+
+
+def _serve(call: Call, made: list[Any], teller: _Teller) -> int:
+    from outlast.agent import Agent
+
+    over = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        over.set()
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
+    running = Agent(made, SYSTEM_CLOCK, teller)
+    running.start()
+    teller.say(f"{count_text(len(made), 'job')} started.")
+    over.wait()
+    teller.say("stopping: what is under way gets some seconds to end.")
+    if running.stop(_STOP_SECONDS):
+        return 0
+    # A long copy is still under way in its threads, which nothing can end. Whatever instant it is killed at, what was
+    # committed is whole; so it is.
+    call.printer.close()
+    os._exit(0)
+
+
+class _Teller:
+    """The event sink of jobs: each thing that is done is a line, and counted."""
+
+    wants_progress = False
+
+    def __init__(self, call: Call) -> None:
+        self.done: list[dict[str, Any]] = []
+        self.failed: list[dict[str, Any]] = []
+        self.problems: list[str] = []
+        self._call = call
+        self._quiet = call.options.json or call.options.json_lines or call.options.quiet
+        self._lock = threading.Lock()
+
+    def event(self, event: Event) -> None:
+        with self._lock:
+            if event.kind == "job.done":
+                self.done.append({"reason": event.reason, **event.fields})
+                self.problems += event.fields.get("problems", [])
+                for problem in event.fields.get("problems", []):
+                    self._call.printer.warn(problem)
+            elif event.kind in ("job.failed", "job.bug"):
+                self.failed.append({"reason": event.reason, **event.fields})
+        self._call.printer.event(event)
+        if event.kind in ("job.began", "job.done", "job.left"):
+            self.say(event.reason)
+
+    def say(self, text: str) -> None:
+        if not self._quiet:
+            from outlast.records import time_text as stamp
+
+            when = time_text(stamp(SYSTEM_CLOCK.now_ns()))
+            with suppress(BrokenPipeError):
+                click.echo(f"{when}  {printable(text)}")
+
+    def progress(self, progress: Progress) -> None:
+        return
+
+
+@click.command(cls=Command, codes=())
+@CONFIG
+@click.option("--all", "everything", is_flag=True, help="Also what is not due yet.")
+def plan(call: Call, config: str | None, everything: bool) -> int:
+    """Show what an agent would do now, and why; with --all also what it will do later, and when. Changes nothing."""
+    import msgspec
+
+    from outlast.records import time_text as stamp
+    from outlast.tiers.due import plan as make_plan
+
+    policy = load(call, config).policy
+    now_ns = SYSTEM_CLOCK.now_ns()
+    made = make_plan(policy, places(call, policy).look(), now_ns)
+    tasks = sorted(made.tasks if everything else made.due(now_ns), key=lambda task: task.due_ns)
+    document = {
+        "tasks": [
+            {**msgspec.to_builtins(task), "due": stamp(task.due_ns), "is_due": task.due_ns <= now_ns} for task in tasks
+        ],
+        "lags": msgspec.to_builtins(made.lags),
+    }
+    call.printer.result(document, _plan_lines(made, tasks, now_ns), always=True)
+    return 0
+
+
+def _plan_lines(made: Plan, tasks: list[Task], now_ns: int) -> Iterator[str]:
+    from outlast.tiers.status import about
+
+    for lag in made.lags:
+        if lag.problem:
+            yield f"{lag.tier} can't be read: {printable(lag.problem)}"
+    if tasks:
+        rows = (
+            (
+                "now" if task.due_ns <= now_ns else f"in {about((task.due_ns - now_ns) / 1e9)}",
+                f"{'full ' if task.full else ''}{task.kind}",
+                printable(task.name) or count_text(len(task.snapshots), "snapshot"),
+                f"{task.origin} -> {task.tier}" if task.origin else task.tier,
+                size_text(task.bytes) if task.bytes else "",
+                task.reason,
+            )
+            for task in tasks
+        )
+        yield from table(("DUE", "TASK", "WHAT", "WHERE", "SIZE", "WHY"), rows, right="SIZE")
+    else:
+        later = min((task.due_ns for task in made.tasks if task.due_ns > now_ns), default=None)
+        when = f" The next task is due in {about((later - now_ns) / 1e9)}; --all shows it." if later else ""
+        yield f"Nothing is due.{when}"
+
+
+@click.command(cls=Command, codes=())
+@CONFIG
+def status(call: Call, config: str | None) -> int:
+    """Show for each source and run the last backup and the last proof, and how far each tier is behind.
+
+    Exit code 1 says that an objective is missed: each is named below the tables.
+    """
+    import msgspec
+
+    from outlast.tiers.status import status as judge
+
+    policy = load(call, config).policy
+    found = judge(policy, places(call, policy).look(), SYSTEM_CLOCK.now_ns())
+    call.printer.result(msgspec.to_builtins(found), _status_lines(found), always=True)
+    return FAILED if found.missed else 0
+
+
+def _status_lines(found: Status) -> Iterator[str]:
+    yield from table(
+        ("NAME", "KIND", "SNAPSHOTS", "LAST BACKUP", "RPO", "LAST PROOF", "LEVEL", "FROM", "RTO", "TOLERATED"),
+        (_name_row(each) for each in found.names),
+        right="SNAPSHOTS",
+    )
+    yield ""
+    yield from table(
+        ("TIER", "SNAPSHOTS", "BEHIND", "", "", "PROVEN", "DAMAGED"),
+        map(_tier_row, found.tiers),
+        right="SNAPSHOTS DAMAGED",
+    )
+    yield ""
+    yield from (f"MISSED: {printable(each)}" for each in found.missed)
+    if not found.missed:
+        yield "Every objective is met."
+
+
+def _ago(seconds: float | None) -> str:
+    from outlast.tiers.status import about
+
+    return "never" if seconds is None else f"{about(seconds)} ago"
+
+
+def _name_row(each: Named) -> tuple[str, ...]:
+    from outlast.tiers.due import span
+    from outlast.tiers.status import about
+
+    proof = each.proof
+    return (
+        printable(each.name),
+        each.kind,
+        f"{each.snapshots:,}",
+        _ago(each.last_seconds),
+        span(each.rpo_seconds) if each.rpo_seconds is not None else "",
+        _ago(each.proof_seconds),
+        "" if proof is None else f"L{proof.level}" if proof.level >= 0 else "failed",
+        each.proof_tier,
+        about(proof.rto_seconds) if proof else "",
+        span(each.rto_seconds) if each.rto_seconds is not None else "",
+    )
+
+
+def _tier_row(each: Standing) -> tuple[str, ...]:
+    from outlast.tiers.status import about
+
+    lag = each.lag
+    behind = ("not reachable", "", "") if lag.problem else ("nothing", "", "")
+    if lag.snapshots:
+        behind = (count_text(lag.snapshots, "snapshot"), size_text(lag.bytes), about(lag.seconds))
+    proven = "never" if each.proven_seconds is None else f"{about(each.proven_seconds)} ago"
+    return (each.name, f"{each.snapshots:,}", *behind, proven, f"{each.damaged:,}")

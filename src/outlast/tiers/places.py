@@ -1,0 +1,73 @@
+"""The repositories of the tiers: opened when they are needed, and looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from outlast.clock import Clock
+from outlast.errors import NoRepository, NotFound, OutlastError
+from outlast.repo.repository import Repository
+from outlast.store.base import ObjectStore
+from outlast.store.layers import ThrottledStore
+from outlast.tiers.due import Held
+from outlast.tiers.policy import Policy, Tier
+
+Open = Callable[[ObjectStore], Repository]
+StoreOf = Callable[[Tier], ObjectStore]
+
+
+class Places:
+    """The tiers of a policy. For one thread; what is opened stays open until it fails."""
+
+    def __init__(self, policy: Policy, store_of: StoreOf, open_repository: Open, clock: Clock) -> None:
+        self.policy, self.clock = policy, clock
+        self._store_of, self._open = store_of, open_repository
+        self._opened: dict[tuple[str, bool], Repository] = {}
+
+    def another(self) -> Places:
+        """The same tiers, of which nothing is open yet: for another thread."""
+        return Places(self.policy, self._store_of, self._open, self.clock)
+
+    def repository(self, tier: str, *, throttled: bool = False) -> Repository:
+        """With its log read, as of now or some time before. `throttled`: at most at the tier's bandwidth."""
+        found = self.tier(tier)
+        rate = found.bandwidth_bytes_per_second if throttled else None
+        key = tier, rate is not None
+        if key not in self._opened:
+            store = self._store_of(found)
+            self._opened[key] = self._open(store if rate is None else ThrottledStore(store, rate, self.clock))
+        return self._opened[key]
+
+    def tier(self, name: str) -> Tier:
+        return next(each for each in self.policy.tiers if each.name == name)
+
+    def forget(self, tier: str) -> None:
+        """Open it anew when it is needed next."""
+        for throttled in (False, True):
+            self._opened.pop((tier, throttled), None)
+
+    def look(self) -> list[Held]:
+        """What the log of each tier says now."""
+        return [self._look(tier.name) for tier in self.policy.tiers]
+
+    def _look(self, tier: str) -> Held:
+        try:
+            repository = self.repository(tier)
+            repository.refresh()
+            repository.store.stat("format")  # an empty store in its place would have no newer entries either
+        except OutlastError as exc:
+            self.forget(tier)
+            if isinstance(exc, NotFound):
+                return Held(problem=f"there is no repository at {self.tier(tier).url} any more.")
+            hint = (
+                " Make it with `outlast init`, unless a disk is not mounted." if isinstance(exc, NoRepository) else ""
+            )
+            return Held(problem=exc.message + hint)
+        state = repository.state
+        return Held(
+            dict(state.snapshots),
+            dict(state.proven),
+            dict(state.hurt),
+            dict(state.drills),
+            frozenset(state.resumed),
+        )
