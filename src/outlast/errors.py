@@ -94,6 +94,12 @@ class Refused(OutlastError):
     exit_code = 21
 
 
+class Archived(Refused):
+    """The object is whole, and in a storage class that has to be thawed for hours before it can be read."""
+
+    kind = "archived"
+
+
 class Fenced(OutlastError):
     """A newer owner holds the token; this one must stop."""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import blake3
 import msgspec
 
-from outlast.errors import Corrupt
+from outlast.errors import Archived, Corrupt
 from outlast.records import Entry, Snapshot, path_order
 from outlast.repo import formats
 from outlast.repo.content import Content, RecentChunks
@@ -35,6 +35,8 @@ class FileView(msgspec.Struct, frozen=True):
     """None: of no known format, or its tensors can't be read"""
     problem: str = ""
     """why the content can't be looked into: it is damaged"""
+    archived: bool = False
+    """the content can't be looked into before it is thawed"""
 
 
 class FileSide(msgspec.Struct, frozen=True):
@@ -163,6 +165,8 @@ def _view(content: Content) -> FileView:
         found = formats.tensors(content.read, content.entry.size) if form else None
     except Corrupt as exc:
         return FileView(content.entry, problem=exc.message)
+    except Archived:
+        return FileView(content.entry, archived=True)
     return FileView(content.entry, form if found is not None else None, found)
 
 
@@ -230,6 +234,8 @@ def _compare_tensors(repository: Repository, old: Entry, new: Entry, report: Dif
                 report.problems.append(f"{view.entry.path}: {view.problem}")
         if olds.tensors is not None and news.tensors is not None:
             _compare_named(old_content, olds.tensors, new_content, news.tensors, report.tensors)
+    except Archived:
+        return  # compared by their chunks alone
     except Corrupt as exc:
         report.problems.append(f"{new.path}: {exc.message}")
 

@@ -34,7 +34,7 @@ from outlast.backup.restore_plan import (
     why_without_content,
 )
 from outlast.backup.staging import Staging
-from outlast.errors import Busy, Corrupt, OutlastError, Refused, StoreFull, Unavailable
+from outlast.errors import Archived, Busy, Corrupt, OutlastError, Refused, StoreFull, Unavailable
 from outlast.events import Event
 
 __all__ = ["RestorePlan", "RestoreReport", "Skipped", "execute", "plan"]
@@ -399,7 +399,16 @@ def _free_bytes(target: bytes) -> int:
 
 
 def _lost(plan: RestorePlan, lost: dict[str, OutlastError]) -> OutlastError:
-    cause = next((each for each in lost.values() if each.retryable), next(iter(lost.values())))
+    archived = [path for path, error in lost.items() if isinstance(error, Archived)]
+    if len(archived) == len(lost):
+        return Archived(
+            f"{len(lost)} of {plan.files} files are in packs that are archived and not thawed yet: "
+            f"{first_few(sorted(lost))}. {shown(plan.target)} is untouched.",
+            hint=f"`--thaw` starts the thaw. What was fetched is kept in {shown(plan.staging)} and used by the "
+            "next restore of this snapshot to this place.",
+        )
+    real = [each for each in lost.values() if not isinstance(each, Archived)]
+    cause = next((each for each in real if each.retryable), real[0])
     kind = type(cause) if cause.retryable else Corrupt
     rest = "What" if cause.retryable else "The others can be restored with `--include`; what"
     return kind(

@@ -166,13 +166,15 @@ def plan(
     include: Sequence[str] = (),
     overwrite: bool = False,
     note: Callable[[Action], object] | None = None,
+    need: Callable[[bytes], object] | None = None,
 ) -> RestorePlan:
     """Work out a restore of `snapshot` (or its id, or `latest`) to the folder `target`; changes nothing.
 
     A snapshot of one folder makes `target` that folder; one of files or of several folders puts
     them into it. With `include`, or into a folder that the snapshot does not describe as a whole,
     the chosen files are replaced one by one and everything else in the target stays.
-    `note` is told what would happen to each path: a plan of millions of files doesn't keep that.
+    `note` is told what would happen to each path: a plan of millions of files doesn't keep that. `need` is
+    told the id of each chunk that would be fetched, once.
 
     Raises `InvalidInput`, `NotFound` (nothing fits `include`), `Refused` (a target that can't be
     replaced safely) or `Corrupt` (a manifest that could reach outside the target).
@@ -206,7 +208,7 @@ def plan(
         snapshot, path, 0, 0, 0, 0, kept_name(path, stamp) if replaced else None, list(include),
         overwrite, stamp, mode, set(), set(), False,
     )  # fmt: skip
-    _Survey(repository, result, note).run()
+    _Survey(repository, result, note, need).run()
     if result.unchanged:
         result.kept_as = None
     return result
@@ -338,10 +340,17 @@ def why_without_content(entry: Entry) -> str:
 class _Survey:
     """Compares the selected entries with the target and with what a killed restore left."""
 
-    def __init__(self, repository: Holder, result: RestorePlan, note: Callable[[Action], object] | None) -> None:
+    def __init__(
+        self,
+        repository: Holder,
+        result: RestorePlan,
+        note: Callable[[Action], object] | None,
+        need: Callable[[bytes], object] | None,
+    ) -> None:
         self._repository = repository
         self._plan = result
         self._note = note or (lambda action: None)
+        self._need = need or (lambda chunk: None)
         self._metadata = Metadata()
         self._target: Folder | None = None
         self._staging: Folder | None = None
@@ -419,6 +428,7 @@ class _Survey:
             if number not in self._counted:
                 self._counted.add(number)
                 source.chunks += 1
+                self._need(bytes.fromhex(chunk))
                 fetched += length
         present = not in_target and self._is_right(raw, entry)
         if not present:

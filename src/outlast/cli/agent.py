@@ -73,6 +73,23 @@ def tier_of(call: Call, policy: Policy, tier: str | None, reference: str, name: 
     raise failure
 
 
+def tiers(call: Call, config: str | None) -> list[Repository]:
+    """Those that can be opened, nearest first; the others are told. Raises what the first said where there is none."""
+    policy = load(call, config).policy
+    every = places(call, policy)
+    found, failures = [], []
+    for tier in policy.tiers:
+        try:
+            found.append(every.repository(tier.name))
+        except OutlastError as exc:
+            failures.append(exc)
+            call.warnings.append(f"{tier.name} is left out: {exc.message}")
+            call.printer.warn(call.warnings[-1])
+    if not found:
+        raise failures[0]
+    return found
+
+
 def places(call: Call, policy: Policy) -> Places:
     """The tiers, to be opened with the passphrase that is known, whatever each of them is."""
     from outlast.repo.repository import Repository

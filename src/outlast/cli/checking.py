@@ -129,7 +129,7 @@ def _check_lines(report: CheckReport, share: Share) -> Iterator[str]:
         yield f"No damage found. Checked {what}."
     if share == "none":
         yield "The stored data itself was not read: `outlast check --data all` reads every byte."
-    elif report.packs_unread:
+    elif report.packs_unread > report.archived_packs:
         yield "The stored data itself was read only in part: `outlast check --data all` reads every byte."
     elif not report.ok:
         yield "Everything not named above is whole and can be restored."
@@ -170,12 +170,19 @@ def _place_lines(report: CheckReport) -> Iterator[str]:
         unnamed = f"{count_text(report.unreferenced_packs, 'pack')} ({size_text(report.unreferenced_bytes)})"
         verb = "belongs" if report.unreferenced_packs == 1 else "belong"
         yield f"{unnamed} {verb} to no commit: a backup was cut short or is running, or log entries are missing."
+    yield from _archived_lines(report)
     if report.condemned_packs:
         condemned = f"{count_text(report.condemned_packs, 'pack')} ({size_text(report.condemned_bytes)})"
         yield f"{condemned} condemned: the next `outlast prune` deletes what has waited long enough."
     if report.quarantined_packs:
         what = f"{count_text(report.quarantined_packs, 'damaged pack')} ({size_text(report.quarantined_bytes)})"
         yield f"{what} quarantined: `outlast prune` deletes what nothing needs."
+
+
+def _archived_lines(report: CheckReport) -> Iterator[str]:
+    if report.archived_packs:
+        what = f"{count_text(report.archived_packs, 'pack')} ({size_text(report.archived_bytes)})"
+        yield f"{what} archived: to read the data, `outlast repo thaw SNAPSHOT` comes first."
 
 
 def _age_lines(report: CheckReport) -> Iterator[str]:
@@ -198,7 +205,8 @@ def _keyless_lines(report: CheckReport) -> Iterator[str]:
     )
     result = "No damage found" if report.ok else f"{count_text(len(report.damaged), 'object')} damaged"
     yield f"{result}. Checked without the passphrase {what}."
-    if report.packs_unread:
+    yield from _archived_lines(report)
+    if report.packs_unread > report.archived_packs:
         yield "The stored data itself was read only in part: `outlast check --data all` reads every byte."
     yield "Without the passphrase it can't be checked:"
     yield from (f"  {each}" for each in report.not_checked)

@@ -216,7 +216,8 @@ def _report_lines(report: CopyReport) -> Iterator[str]:
         every = len(report.copied) + len(report.skipped) + len(report.failed)
         yield (
             f"Left: {len(report.failed):,} of {count_text(every, 'snapshot')}. "
-            f"`outlast check --data all --repo {printable(_word(report.source))}` tells what is damaged there."
+            f"`outlast check --data all --repo {printable(_word(report.source))}` tells what is damaged or archived "
+            "there."
         )
 
 

@@ -111,6 +111,8 @@ def _view_document(view: FileView) -> dict[str, Any]:
             document[name] = getattr(entry, name)
     if view.problem:
         document["problem"] = view.problem
+    if view.archived:
+        document["archived"] = True
     if view.format is not None:
         document["format"] = view.format
         document["tensors"] = [_tensor_document(tensor) for tensor in view.tensors or ()]
@@ -162,6 +164,8 @@ def _view_line(view: FileView) -> str:
         line += "  (unstable: it changed while it was read)"
     if view.problem:
         line += f"  (damaged: {printable(view.problem)})"
+    if view.archived:
+        line += "  (archived, so that it isn't known which tensors are in it)"
     return line
 
 

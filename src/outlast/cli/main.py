@@ -14,6 +14,7 @@ import click
 from outlast import __version__
 from outlast.cli import agent as agents
 from outlast.cli import (
+    archive,
     checking,
     collect,
     config,
@@ -52,6 +53,8 @@ app.add_command(collect.prune)
 app.add_command(keys.key)
 app.add_command(copies.copy)
 app.add_command(repository.repo)
+repository.repo.add_command(archive.archive)
+repository.repo.add_command(archive.thaw)
 app.add_command(doctor.doctor)
 app.add_command(drill.drill)
 app.add_command(runs.runs)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
+from outlast.cli.agent import CONFIG, is_by_config, tiers
 from outlast.cli.command import CORRUPT, PARTLY_DONE, Argument, Call, Command
 from outlast.cli.passphrase import VARIABLE, Secret, is_given, new_secret
 from outlast.cli.text import (
@@ -22,6 +23,7 @@ from outlast.cli.text import (
     table,
     time_text,
 )
+from outlast.cli.thawing import TIERS, ArchivedPart
 from outlast.errors import InvalidInput, NotFound
 
 if TYPE_CHECKING:
@@ -260,6 +262,9 @@ def _flaws(snapshot: Snapshot) -> str:
     metavar="URL",
     help="Another repository that may have it; the fastest first. May be repeated.",
 )
+@click.option("--thaw", type=TIERS, help="Thaw what is archived, and fetch what has thawed.")
+@click.option("--wait", is_flag=True, help="With --thaw: wait until all has thawed.")
+@CONFIG
 def restore(
     call: Call,
     snapshot: str,
@@ -270,46 +275,76 @@ def restore(
     dry_run: bool,
     overwrite: bool,
     also: Sequence[str],
+    thaw: str | None,
+    wait: bool,
+    config: str | None,
 ) -> int:
     """Bring a snapshot back, every chunk verified. The target changes at one instant, at the end.
 
-    With --also each chunk comes from the first repository that has it whole, beginning with --repo.
+    With --also each chunk comes from the first repository that has it whole, beginning with --repo. Where no
+    repository is named the tiers of outlast.yaml are meant, in their order.
     """
     import msgspec
 
+    from outlast.backup.nearest import Nearest
     from outlast.backup.restore import execute, plan
     from outlast.backup.tensors import restore_tensors
+    from outlast.backup.thawed import Thawing
 
-    if tensor and dry_run:
-        raise InvalidInput("--dry-run does not go with --tensor; nothing was done.", hint="Leave one of them out.")
-    repository, chosen = _holder(call, snapshot, name, also)
+    if tensor and (dry_run or thaw):
+        option = "--dry-run" if dry_run else "--thaw"
+        hint = "Leave one of them out." if dry_run else "`outlast repo thaw SNAPSHOT` first."
+        raise InvalidInput(f"{option} does not go with --tensor; nothing was done.", hint=hint)
+    if wait and not thaw:
+        raise InvalidInput("--wait goes with --thaw alone; nothing was done.", hint="Add --thaw standard.")
+    repository, chosen = _holder(call, snapshot, name, also, config)
+    several = isinstance(repository, Nearest)
+    if thaw and several:
+        hint = "Name the one whose packs are archived: --repo URL."
+        raise InvalidInput("--thaw goes with one repository alone; nothing was done.", hint=hint)
     target = os.fsencode(to)
     if tensor:
         report = restore_tensors(repository, chosen, tensor, target, include=include, overwrite=overwrite)
     else:
         actions: list[Action] = []
         note = actions.append if dry_run else None
-        planned = plan(repository, chosen, target, include=include, overwrite=overwrite, note=note)
+        archived = None if several else ArchivedPart(cast("Repository", repository), thaw, dry_run=dry_run)
+        need = archived.need if archived else None
+        planned = plan(repository, chosen, target, include=include, overwrite=overwrite, note=note, need=need)
+        if archived:
+            archived.look()
         for glob in _unfit(include, planned, repository):
             call.warnings.append(f"the pattern {glob!r} fits nothing.")
             call.printer.warn(call.warnings[-1])
         if dry_run:
-            call.result(_plan_document(planned, actions), _plan_lines(planned, actions), always=True)
+            document, lines = _plan_document(planned, actions), list(_plan_lines(planned, actions))
+            if archived:
+                document, lines = {**document, **archived.document()}, [*lines, *archived.lines()]
+            call.result(document, lines, always=True)
             return 0
-        report = execute(repository, planned)
+        if archived and archived.matters:
+            done = archived.restore(planned, wait=wait)
+            if isinstance(done, Thawing):
+                return archived.tell(call, done)
+            report = done
+        else:
+            report = execute(repository, planned)
     call.result(msgspec.to_builtins(report), _restore_lines(report, chosen, to))
     return PARTLY_DONE if report.skipped else 0
 
 
-def _holder(call: Call, reference: str, name: str | None, also: Sequence[str]) -> tuple[Holder, Snapshot]:
+def _holder(
+    call: Call, reference: str, name: str | None, also: Sequence[str], config: str | None
+) -> tuple[Holder, Snapshot]:
     """What to restore from, and which snapshot of it."""
-    if not also:
+    by_config = is_by_config(call, config)
+    if not also and not by_config:
         repository = call.readable_repository()
         return repository, call.snapshot(repository, reference, name)
     from outlast.backup.nearest import Nearest
     from outlast.repo.naming import Together
 
-    repositories = call.readable_repositories(also)
+    repositories = tiers(call, config) if by_config else call.readable_repositories(also)
     nearest = Nearest(repositories, call.snapshot(Together(repositories), reference, name).id)
     return nearest, nearest.snapshot
 

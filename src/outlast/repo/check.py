@@ -87,6 +87,9 @@ class CheckReport(msgspec.Struct):
     quarantined_packs: int = 0
     """those that are not missing, too"""
     quarantined_bytes: int = 0
+    archived_packs: int = 0
+    """live ones in a storage class that has to be thawed: they were not read, and that is no damage"""
+    archived_bytes: int = 0
     bytes: int = 0
     packs_unread: int = 0
     """live packs of which not every byte was read now"""
@@ -295,6 +298,7 @@ class _Look:
         self._rows: dict[str, bytes] = {}
         self._damaged: set[str] = set()
         self._missing: set[str] = set()
+        self._archived: set[str] = set()
         self._bad: dict[bytes, set[str]] = {}
         self._covered: set[str] = set()
         self._chunks = 0
@@ -381,6 +385,8 @@ class _Look:
             condemned_bytes=sum(each.bytes for each in state.condemned.values()),
             quarantined_packs=len(quarantined),
             quarantined_bytes=sum(quarantined),
+            archived_packs=len(self._archived & state.packs.keys()),
+            archived_bytes=sum(ref.bytes for name, ref in state.packs.items() if name in self._archived),
             bytes=sum(each.bytes for each in state.packs.values()),
         )
 
@@ -424,6 +430,9 @@ class _Look:
         name = checked.ref.name
         if checked.is_missing:
             self._missing.add(name)
+        if checked.is_archived:
+            self._archived.add(name)
+            self.view.archived[name] = True
         if name in self.view.state.packs:
             self._take_live(checked)
         if checked.footer is not None:

@@ -18,7 +18,7 @@ from contextlib import suppress
 
 import msgspec
 
-from outlast.errors import Busy, Corrupt, Exists, NotFound, OutlastError, Refused
+from outlast.errors import Archived, Busy, Corrupt, Exists, NotFound, OutlastError, Refused
 from outlast.events import Event, Progress
 from outlast.records import ChunkRef, Entry, Snapshot
 from outlast.repo import codec, deltas, formats, seal
@@ -26,7 +26,6 @@ from outlast.repo.content import Content, RecentChunks
 from outlast.repo.deltas import Block, Kept
 from outlast.repo.formats import Span
 from outlast.repo.manifest import validated
-from outlast.repo.pack import object_name
 from outlast.repo.pairs import Pairs, pair_up
 from outlast.repo.read import Range, ranges
 from outlast.repo.repository import Repository, chunk_offsets
@@ -382,7 +381,7 @@ class _Session:
         run = self._run
         try:
             spans = formats.spans(Content(entry, RecentChunks(run.source).get).read, entry.size) or []
-        except Corrupt:
+        except (Corrupt, Archived):
             return  # told when the chunk is copied
         before = self._before.get(entry.path, {})
         starts = [span.offset for span in spans]
@@ -511,9 +510,9 @@ class _Session:
         source = self._run.source
         found = _Read()
         try:
-            [data] = source.store.get_ranges(object_name(part.pack), [(part.start, part.end - part.start)])
+            [data] = source.read_pack(part.pack, [(part.start, part.end - part.start)])
             found.bytes_read = len(data)
-        except (NotFound, Corrupt):
+        except (NotFound, Corrupt, Archived):
             data = b""
         view = memoryview(data)
         for chunk, location in part.chunks:
@@ -524,8 +523,9 @@ class _Session:
             except Corrupt:
                 try:
                     plain = source.get_stored(chunk)  # another copy of it, or what a prune made of it
-                except Corrupt as exc:
-                    found.lost.append((chunk, exc.message))
+                except (Corrupt, Archived) as exc:
+                    todo = f" {exc.hint}" if isinstance(exc, Archived) else ""
+                    found.lost.append((chunk, exc.message + todo))
                     continue
                 found.bytes_read += location.stored_bytes
                 kept = self._prepared(chunk, -1, b"", plain)

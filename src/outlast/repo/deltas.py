@@ -7,7 +7,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from outlast.errors import Corrupt
+from outlast.errors import Archived, Corrupt
 from outlast.events import Event
 from outlast.records import ChunkRef, Entry, Snapshot
 from outlast.repo import difference, form
@@ -113,7 +113,7 @@ def prepare(
         return whole(complete)
     try:
         old = np.array(np.frombuffer(_read(repository, before), np.uint8))
-    except Corrupt:
+    except (Corrupt, Archived):
         return whole(complete)
     folded = difference.difference(plain, old, item_bytes)
     prepared = writer.prepare(folded.data, item_bytes, compress=True)

@@ -67,6 +67,8 @@ def scrub(
         report.bytes += checked.ref.bytes
         report.chunks += len(checked.footer.records) if checked.footer else 0
         report.packs_unread += checked.footer is not None and not checked.read_whole
+        report.archived_packs += checked.is_archived
+        report.archived_bytes += checked.is_archived * checked.ref.bytes
         if checked.problems:
             damaged.append(Damage(object_name(checked.ref.name), " ".join(checked.problems)))
         elif checked.read_whole:

@@ -113,8 +113,13 @@ def plan(repository: Repository, policy: Policy | None = None, *, dry_run: bool 
 def _plan(repository: Repository, policy: Policy, *, dry_run: bool) -> PrunePlan:
     state = repository.state
     index = repository.load_index()
+    repository.learn_archived()  # now: whatever copy of a manifest the state names was made after these were marked
     usage = Usage(
-        index, exclude=state.condemned, damaged={*state.quarantined, *state.damaged}, among=state.readable_packs()
+        index,
+        exclude=state.condemned,
+        damaged={*state.quarantined, *state.damaged},
+        among=state.readable_packs(),
+        archived=repository.archived,
     )
     unknown: list[bytes] = []
     try:
@@ -195,7 +200,8 @@ def _facts(repository: Repository, usage: Usage, now_seconds: float) -> list[Pac
             facts.append(PackFacts(name, "condemned", ref.bytes, needed, ages[seq]))
         else:
             place: Place = "quarantined" if name in state.quarantined else "live"
-            facts.append(PackFacts(name, place, ref.bytes, needed, readable=used is not None))
+            archived = name in repository.archived
+            facts.append(PackFacts(name, place, ref.bytes, needed, readable=used is not None, archived=archived))
     named = {fact.name for fact in facts}
     for info in repository.store.list("packs/"):
         name = info.name.rpartition("/")[2]

@@ -39,6 +39,8 @@ class PackFacts(msgspec.Struct, frozen=True):
     age_seconds: float = 0.0
     readable: bool = True
     """whether it is known what is in it"""
+    archived: bool = False
+    """it can't be read without thawing it, so that it is never repacked"""
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -81,6 +83,7 @@ def decide(packs: Iterable[PackFacts], policy: Policy) -> Decided:
     every = sorted(packs, key=lambda pack: pack.name)
     decisions = {pack.name: _decide_alone(pack, policy) for pack in every}
     kept = [pack for pack in every if decisions[pack.name].action == "keep" and pack.place == "live"]
+    kept = [pack for pack in kept if not pack.archived]
     waste = sum(_waste(pack) for pack in kept)
     size = sum(pack.bytes for pack in kept)
     for pack in sorted(kept, key=lambda pack: (-_waste(pack) / max(1, pack.bytes), pack.name)):
@@ -120,6 +123,8 @@ def _decide_alone(pack: PackFacts, policy: Policy) -> Decision:
         return _decision(pack, "keep", "no commit names it yet: it may belong to a backup that is running")
     if not pack.readable:
         return _decision(pack, "keep", "it can't be known what is in it; `outlast check --repair` may help")
+    if pack.archived and pack.needed_bytes:
+        return _decision(pack, "keep", "it is archived: what nobody needs of it goes with the rest")
     if not pack.needed_bytes:
         return _decision(pack, "condemn", "no snapshot needs anything of it")
     if pack.place == "quarantined":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from outlast.errors import Corrupt, NotFound, OutlastError
+from outlast.errors import Archived, Corrupt, NotFound, OutlastError
 from outlast.records import PackRef
 from outlast.repo.index import Location
 from outlast.repo.pack import HEADER, RECORD, TRAILER, DamagedFooter, object_name
@@ -138,7 +138,9 @@ def _fetch_range(
     """`turn` is held while the chunks are opened and delivered, not while they are read."""
     name = object_name(part.pack)
     try:
-        [data] = repository.store.get_ranges(name, [(part.start, part.end - part.start)])
+        [data] = repository.read_pack(part.pack, [(part.start, part.end - part.start)])
+    except Archived as exc:
+        return _one_by_one(repository, part.chunks, deliver, failed, exc)
     except (NotFound, Corrupt) as exc:
         lost = Corrupt(f"pack {part.pack[:16]} is missing or cut short: {exc.message}", hint=f"The object is {name}.")
         return _one_by_one(repository, part.chunks, deliver, failed, lost)
@@ -165,7 +167,7 @@ def _one_by_one(
     chunks: list[tuple[bytes, Location]],
     deliver: Deliver,
     failed: Failed | None,
-    lost: Corrupt,
+    lost: OutlastError,
 ) -> Fetched:
     """A pack cut short may still hold the front part of a range, and another pack a second copy."""
     total = Fetched()

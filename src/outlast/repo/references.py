@@ -12,7 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from outlast import records
-from outlast.errors import Corrupt, NotFound, OutlastError, Unavailable
+from outlast.errors import Archived, Corrupt, NotFound, OutlastError, Unavailable
 from outlast.records import ChunkRef, Entry, Snapshot
 from outlast.repo import seal
 from outlast.repo.index import Location
@@ -285,8 +285,10 @@ class References:
         if name in self._gone:
             return False
         try:
-            [stored] = self._view.store.get_ranges(object_name(name), [(location.offset, location.stored_bytes)])
+            [stored] = self._view.read_pack(name, [(location.offset, location.stored_bytes)])
             self._view.open_chunk(chunk, location, stored)
+        except Archived:
+            return True  # nothing speaks against it; what is archived was read and verified before
         except Corrupt:
             return False
         except NotFound:
@@ -321,6 +323,8 @@ class References:
     def _problem_of(self, name: str) -> str:
         if name in self._gone:
             return "It is missing."
+        if name in self._view.archived:
+            return "It is archived, and nothing beside it tells what it holds: it has to be thawed to be known."
         if name in self._view.state.quarantined:
             return "It is quarantined: damaged, and the only one that held some chunks which snapshots need."
         if name in self._view.state.condemned:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from outlast.errors import Corrupt, NotFound
+from outlast.errors import Archived, Corrupt, NotFound
 from outlast.events import Event, Progress
 from outlast.repo.index import Location
 from outlast.repo.pack import EncodedChunk, object_name
@@ -97,8 +97,8 @@ def _read(repository: Repository, pack: str, rows: Sequence[Row]) -> list[memory
     start = rows[0][1].offset
     end = max(row.offset + row.stored_bytes for _, row in rows)
     try:
-        [data] = repository.store.get_ranges(object_name(pack), [(start, end - start)])
-    except (Corrupt, NotFound):
+        [data] = repository.read_pack(pack, [(start, end - start)])
+    except (Corrupt, NotFound, Archived):
         if len(rows) == 1:
             return [None]
         return [_read(repository, pack, [row])[0] for row in rows]

@@ -7,7 +7,7 @@ Writing goes through `repository.writer()` (see `write.py`), bulk reading throug
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -15,10 +15,10 @@ import msgspec
 
 from outlast import records
 from outlast.clock import SYSTEM_CLOCK, Clock
-from outlast.errors import Corrupt, Exists, InvalidInput, NoRepository, NotFound, OutlastError, Refused
+from outlast.errors import Archived, Corrupt, Exists, InvalidInput, NoRepository, NotFound, OutlastError, Refused
 from outlast.events import NULL_SINK, Event, EventSink
 from outlast.records import FORMAT_VERSION, Chunking, ChunkRef, Encryption, Entry, Format, PackRef, Snapshot
-from outlast.repo import chain, codec, naming, pack, seal
+from outlast.repo import chain, codec, footers, naming, seal
 from outlast.repo import form as form_of
 from outlast.repo.chain import Walk
 from outlast.repo.chunker import cutter
@@ -31,7 +31,7 @@ from outlast.repo.seal import ChunkSealer, Keys
 from outlast.repo.state import State
 from outlast.repo.sums import Sums, fetch
 from outlast.repo.write import Writer
-from outlast.store.base import ObjectStore
+from outlast.store.base import HOW_TO_THAW, ObjectStore
 from outlast.store.lock import locking, prove_lockable
 
 PACK_BYTES = 64 << 20
@@ -70,6 +70,8 @@ class Repository:
         self._footers_asked: set[str] = set()
         self.own_packs: set[str] = set()
         """packs that this process made durable and no entry names yet"""
+        self.archived: dict[str, bool] = {}
+        """packs in a storage class for archives -> whether reading it was refused, so that it isn't asked again"""
         self._asked_after: set[str] = set()
         """missing packs for whose sake the log was read again"""
         self.sums = Sums()
@@ -267,6 +269,7 @@ class Repository:
         """
         wanted = self.state.readable_packs()
         if not self._indexed:
+            self.learn_archived()
             for info in self.store.list("index/"):
                 name = info.name.removeprefix("index/")
                 if info.name in self.state.ignored:
@@ -280,9 +283,9 @@ class Repository:
                     what = f"{exc} It is not needed; `outlast check --repair` writes it anew."
                     self.sink.event(Event("index.ignored", what, {"object": info.name}))
         missing = [ref for name, ref in wanted.items() if name not in self.index.packs]
-        footers = [footer for footer in self._read_many(missing) if footer is not None]
-        self.index.add(footers)
-        self.uncovered.extend(footers)
+        found = [footer for footer in self._read_many(missing) if footer is not None]
+        self.index.add(found)
+        self.uncovered.extend(found)
         self.index.sort()
         self._indexed = True
         return self.index
@@ -292,8 +295,13 @@ class Repository:
         self.log.refresh()
         self.index.forget_packs(self.log.swept)
         self.uncovered = [footer for footer in self.uncovered if footer.name not in self.log.swept]
+        self.archived = dict.fromkeys(self.archived, False)
         if self._indexed:
             self.load_index()
+
+    def learn_archived(self) -> None:
+        """Learn which packs were archived, or are about to be; what was refused before may be asked for again."""
+        self.archived = dict.fromkeys([*self.archived, *footers.kept(self.store)], False)
 
     def use_index(self, index: Index) -> None:
         """Look chunks up in this index, which the caller has verified, instead of loading one."""
@@ -309,19 +317,14 @@ class Repository:
     def _footer_or_none(self, ref: PackRef) -> Footer | None:
         try:
             return self.read_footer(ref)
-        except (Corrupt, NotFound) as exc:
-            self.sink.event(Event("pack.damaged", str(exc), {"object": object_name(ref.name)}))
+        except (Corrupt, NotFound, Archived) as exc:
+            kind = "pack.archived" if isinstance(exc, Archived) else "pack.damaged"
+            self.sink.event(Event(kind, str(exc), {"object": object_name(ref.name)}))
             return None
 
     def read_footer(self, ref: PackRef) -> Footer:
-        """The verified footer of a pack, read from its end."""
-        name = object_name(ref.name)
-        guess = min(ref.bytes, ref.chunks * pack.RECORD.itemsize + pack.TRAILER.size)
-        [tail] = self.store.get_ranges(name, [(ref.bytes - guess, guess)])
-        needed = pack.footer_bytes(tail, ref.name, ref.bytes)
-        if needed > len(tail):
-            [tail] = self.store.get_ranges(name, [(ref.bytes - needed, needed)])
-        return pack.parse_footer(tail, ref.name, ref.bytes)
+        """The verified footer of a pack; see `footers.read`."""
+        return footers.read(self.store, ref, is_kept=ref.name in self.archived)
 
     def locate(self, chunk: bytes) -> Location:
         """Where a chunk lies. Raises `Corrupt` when no pack that can be read holds it."""
@@ -335,9 +338,10 @@ class Repository:
                 f"chunk {chunk.hex()[:16]} is in no readable pack of {self.store.url}.",
                 hint="Run `outlast check` to see which packs are damaged and which snapshots are affected.",
             )
-        if self._is_live(location.pack.name):
+        if self._is_live(location.pack.name) and location.pack.name not in self.archived:
             return location
-        return next((copy for copy in self.index.copies(chunk) if self._is_live(copy.pack.name)), location)
+        copies = (copy for copy in self.index.copies(chunk) if self._is_live(copy.pack.name))
+        return min(copies, key=lambda copy: copy.pack.name in self.archived, default=location)
 
     def holder(self, chunk: bytes) -> str | None:
         """The pack by which new work may rely on the repository having this chunk, or None.
@@ -375,7 +379,7 @@ class Repository:
         except NotFound:
             size = -1
         known = name in self.state.damaged
-        if size == ref.bytes and not known and not (self._reads_packs and self._is_damaged_inside(ref)):
+        if size == ref.bytes and not known and not (self._reads_packs and footers.is_damaged(self.store, ref)):
             return True
         found = (
             "is missing" if size < 0 else "is damaged" if size == ref.bytes else f"has {size} bytes, not {ref.bytes}"
@@ -387,18 +391,6 @@ class Repository:
                 {"object": object_name(name)},
             )
         )
-        return False
-
-    def _is_damaged_inside(self, ref: PackRef) -> bool:
-        """Read a pack and compare each stored chunk with the footer's hash of it."""
-        try:
-            for start, rows in pack.runs(self.read_footer(ref).records):
-                end = rows[-1]["offset"] + rows[-1]["stored"]
-                [data] = self.store.get_ranges(object_name(ref.name), [(start, int(end) - start)])
-                if not pack.are_right(memoryview(data), start, rows):
-                    return True
-        except (Corrupt, NotFound):
-            return True
         return False
 
     def get_chunk(self, chunk: bytes) -> bytes | memoryview:
@@ -424,9 +416,12 @@ class Repository:
         for location in self._places(chunk, missing):
             name = object_name(location.pack.name)
             try:
-                [stored] = self.store.get_ranges(name, [(location.offset, location.stored_bytes)])
+                [stored] = self.read_pack(location.pack.name, [(location.offset, location.stored_bytes)])
                 return self.open_chunk(chunk, location, stored)
             except Corrupt as exc:
+                failure = failure or exc
+            except Archived as exc:
+                missing.append(location.pack.name)  # nobody lied about it
                 failure = failure or exc
             except NotFound:
                 missing.append(location.pack.name)
@@ -435,6 +430,16 @@ class Repository:
                 )
         assert failure is not None
         raise failure
+
+    def read_pack(self, pack: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Ranges of a pack. Raises `NotFound`, `Corrupt`, and `Archived`, from then on without asking."""
+        if self.archived.get(pack):
+            raise Archived(f"pack {pack[:16]} of {self.store.url} is archived. It is whole.", hint=HOW_TO_THAW)
+        try:
+            return self.store.get_ranges(object_name(pack), ranges)
+        except Archived:
+            self.archived[pack] = True
+            raise
 
     def _places(self, chunk: bytes, missing: list[str]) -> Iterator[Location]:
         first = self.locate(chunk)

@@ -8,16 +8,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from itertools import islice
 from typing import Literal
 
 import msgspec
 
 from outlast.clock import Clock
-from outlast.errors import Corrupt, InvalidInput, NotFound, OutlastError
+from outlast.errors import Archived, Corrupt, InvalidInput, NotFound, OutlastError
 from outlast.events import EventSink, Progress
 from outlast.records import PackRef
-from outlast.repo import pack, seal
+from outlast.repo import footers, pack, seal
 from outlast.repo.pack import Footer, object_name
 from outlast.store.base import ObjectStore
 
@@ -70,6 +71,8 @@ class Checked(msgspec.Struct):
     bad: list[bytes] = []
     read_whole: bool = False
     is_missing: bool = False
+    is_archived: bool = False
+    """it can't be read, and that is no damage; its footer is known where it is kept beside it"""
 
 
 def why(store: ObjectStore, exc: OutlastError) -> str:
@@ -124,6 +127,11 @@ class Scrub:
             if size != ref.bytes:
                 checked.problems.append(f"It has {size} bytes instead of {ref.bytes}.")
             checked.footer = self._read_ends(ref, checked)
+        except Archived:
+            checked.is_archived = True
+            with suppress(Archived):
+                checked.footer = footers.read(self._store, ref)
+            return checked
         except OutlastError as exc:
             checked.is_missing = isinstance(exc, NotFound)
             checked.problems.append(why(self._store, exc))

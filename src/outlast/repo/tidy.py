@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from outlast.errors import OutlastError
 from outlast.events import Event
+from outlast.repo import footers
 from outlast.repo.index import build_segments, segment_name
 from outlast.repo.repository import Repository
 
@@ -25,6 +26,9 @@ def tidy(repository: Repository, *, swept: bool) -> int:
     try:
         for info in list(repository.store.list("state/"))[:-_STATES_KEPT]:
             repository.store.delete(info.name)
+        for name in footers.kept(repository.store):
+            if repository.state.find(name) is None:
+                repository.store.delete(footers.kept_name(name))
         return _merge_segments(repository, swept)
     except OutlastError as exc:
         repository.sink.event(Event("index.not_written", f"the index was not tidied up: {exc.message}"))

@@ -39,9 +39,10 @@ class PackUsage(msgspec.Struct, frozen=True):
 class Usage:
     """Counts what is needed of the chunks that `index` knows now; what is added to it later is left out.
 
-    For one thread. `exclude`: packs that hold a chunk only if no other pack does, because they are about
-    to go. `damaged`: packs that hold one only if not even one of those does. `among`: the packs that count,
-    if not all; an index may also know packs that were uploaded and never committed.
+    For one thread. `archived`: packs that are slow to read, so that of a chunk a copy elsewhere is used.
+    `exclude`: packs that hold a chunk only if no other pack does, because they are about to go. `damaged`:
+    packs that hold one only if not even one of those does. `among`: the packs that count, if not all; an
+    index may also know packs that were uploaded and never committed.
     """
 
     def __init__(
@@ -50,12 +51,15 @@ class Usage:
         exclude: Collection[str] = (),
         damaged: Collection[str] = (),
         among: Collection[str] | None = None,
+        archived: Collection[str] = (),
     ) -> None:
         keys, parts = index.ordered()
         self._index = index
         self._names = sorted(index.packs if among is None else index.packs.intersection(among))
         self._numbers = {name: number for number, name in enumerate(self._names)}
-        self._distrust = np.array([2 if name in damaged else name in exclude for name in self._names], np.uint8)
+        self._distrust = np.array(
+            [4 * (name in damaged) + 2 * (name in exclude) + (name in archived) for name in self._names], np.uint8
+        )
         self._pack, self._stored = self._read_columns(parts)
         order = (keys & np.uint64(_NONE)).astype(np.uint32)
         counts = self._pack[order] != _NONE

@@ -15,7 +15,8 @@ A store maps names to immutable byte strings.
 * **Nothing hidden.** `list` yields every object with the prefix, in ascending order of name, and
   nothing else: no temporary files, no directories.
 * **Errors are ours.** Vendor errors are translated here, once: `NotFound`, `Exists`,
-  `Unavailable`, `StoreFull`, `Refused` (permission, read-only), `InvalidInput` (a bad name). A store
+  `Unavailable`, `StoreFull`, `Refused` (permission, read-only), `Archived` (whole, and to be thawed
+  before it is read), `InvalidInput` (a bad name). A store
   that is away as a whole raises `Unavailable`, never `NotFound` once it has been there.
 * **Local files.** A store whose capabilities say `memory_map` also has `local_path(name) -> str`: the
   file that holds, or would hold, the object. It is for mapping and for learning about the file system,
@@ -36,6 +37,7 @@ from outlast.errors import InvalidInput
 
 Buffer = bytes | bytearray | memoryview
 
+HOW_TO_THAW = "`outlast repo thaw SNAPSHOT --dry-run` tells what has to be thawed, how long it takes and what it costs."
 NAME_BYTES_MAX = 512
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
@@ -59,6 +61,8 @@ class Capabilities(msgspec.Struct, frozen=True):
     read_bytes: int = 8 << 20
     """How many bytes to ask for in one call, where more lie side by side."""
     object_bytes_max: int = 5 << 30
+    pack_class: str = ""
+    """The storage class in which packs are created; empty: the one of the bucket."""
 
 
 class ObjectStore(Protocol):

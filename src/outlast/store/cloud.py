@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from outlast.errors import (
+    Archived,
     Exists,
     InvalidInput,
     NotFound,
@@ -26,7 +27,8 @@ from outlast.errors import (
     StoreFull,
     Unavailable,
 )
-from outlast.store.base import Buffer, Capabilities, ObjectInfo, check_name
+from outlast.store.base import HOW_TO_THAW, Buffer, Capabilities, ObjectInfo, check_name
+from outlast.store.classes import AT_ONCE
 from outlast.store.local import check_range
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ _CONNECTION_FAILURES = {
     "kind: Connect": "no connection",
 }
 _WORTH_RETRYING = {408, 409, 412, 416, 425, 429}
+_ARCHIVED_CODES = {"InvalidObjectState", "BlobArchived"}  # of S3 and of Azure
 _FULL_CODES = {"QuotaExceeded", "QuotaExceededException", "InsufficientStorage", "XMinioStorageFull"}
 
 
@@ -70,7 +73,7 @@ class CloudStore:
     earlier success from another writer's identical bytes, so identical bytes succeed.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, pack_class: str = "") -> None:
         import obstore
         import obstore.exceptions
         import obstore.store
@@ -83,7 +86,13 @@ class CloudStore:
                 "The URL of a store must hold nothing but bucket and prefix; nothing was contacted.",
                 hint="Give credentials in the environment, as AWS_ACCESS_KEY_ID and so on.",
             )
+        if pack_class and (pack_class not in AT_ONCE or parts.scheme != "s3"):
+            raise InvalidInput(
+                f"packs can't be created in a storage class {pack_class!r} of {_scrub(url)}; nothing was contacted.",
+                hint=f"On s3:// it may be {', '.join(AT_ONCE)}; `outlast repo archive` moves verified packs to others.",
+            )
         self._url = url.rstrip("/")
+        self._pack_class = pack_class
         self._api = obstore
         self._errors = (obstore.exceptions.BaseError, OSError, ValueError, NotImplementedError)
         # S3's directory buckets (the suffix is reserved for them) are the ones that list in no order.
@@ -101,7 +110,7 @@ class CloudStore:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(concurrency=16)
+        return Capabilities(concurrency=16, pack_class=self._pack_class)
 
     @contextmanager
     def _translated(self, action: str, name: str) -> Iterator[None]:
@@ -117,9 +126,12 @@ class CloudStore:
 
     def put_if_absent(self, name: str, parts: Sequence[Buffer]) -> None:
         content = b"".join(parts)
+        named = {"Storage-Class": self._pack_class} if self._pack_class and name.startswith("packs/") else None
         try:
             with self._translated("write", name):
-                self._api.put(self._store, check_name(name), content, mode="create", use_multipart=False)
+                self._api.put(
+                    self._store, check_name(name), content, attributes=named, mode="create", use_multipart=False
+                )
         except (Exists, Unavailable) as error:
             if isinstance(error, StoreFull):
                 raise
@@ -352,6 +364,11 @@ def _translate(exc: BaseException, action: str, name: str, url: str) -> OutlastE
         )
     if _METADATA_HOST in str(exc):
         return _denial(reason, action, what, url)
+    if any(code in reason for code in _ARCHIVED_CODES):
+        return Archived(
+            f"{what} of {url} is archived and has to be thawed before it can be read ({reason}). It is whole.",
+            hint=HOW_TO_THAW,
+        )
     if isinstance(exc, FileNotFoundError) or status == 404:
         if "NoSuchBucket" in reason or action in {"write", "list"}:
             bucket = urlsplit(url).netloc

@@ -288,10 +288,11 @@ def own_folder(store: ObjectStore) -> bytes | None:
     return os.path.realpath(os.path.dirname(os.fsencode(path)))
 
 
-def open_store(url: str, clock: Clock = SYSTEM_CLOCK) -> ObjectStore:
+def open_store(url: str, clock: Clock = SYSTEM_CLOCK, *, pack_class: str = "") -> ObjectStore:
     """The store at `url`: a path, `file://`, `s3://`, `gs://`, `az://` or `memory://`.
 
-    Nothing is contacted or created yet. Raises `InvalidInput` for anything else.
+    `pack_class`: the storage class of S3 in which packs are created, see `classes.AT_ONCE`. Nothing is
+    contacted or created yet. Raises `InvalidInput` for anything else.
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
@@ -309,7 +310,7 @@ def open_store(url: str, clock: Clock = SYSTEM_CLOCK) -> ObjectStore:
         case "s3" | "gs" | "az" as known:
             from outlast.store.cloud import CloudStore
 
-            return RetryStore(CloudStore(f"{known}://{rest}"), clock=clock)
+            return RetryStore(CloudStore(f"{known}://{rest}", pack_class), clock=clock)
     raise InvalidInput(
         f"{scheme}:// is not a kind of store that is known here; nothing was touched.",
         hint="Known are a path, file://, s3://, gs://, az:// and memory://.",

@@ -8,21 +8,18 @@ lengthens the retention of what is still needed; it can't be shortened by anybod
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 
 from outlast.clock import SYSTEM_CLOCK, Clock
 from outlast.errors import Exists, NotFound, OutlastError, Refused, Unavailable
 from outlast.store.base import Buffer, ObjectInfo, ObjectStore, check_name
+from outlast.store.bucket import Bucket
 from outlast.store.layers import Layer
 
 DAY_SECONDS = 86_400
@@ -31,7 +28,6 @@ LOCK_DAYS_MAX = 36_500
 _LOCKED = ("format", "keys/", "packs/", "log/")
 _BATCH = 1000
 _NOT_LOCKABLE = {"ObjectLockConfigurationNotFoundError", "InvalidRequest", "MethodNotAllowed", "NotImplemented"}
-_REFUSALS = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidRetentionPeriod"}
 
 
 class Extension(msgspec.Struct):
@@ -77,7 +73,7 @@ class LockingStore(Layer):
         content = b"".join(parts)
         bucket = self.prove()
         try:
-            bucket.create(name, content, self.until_seconds())
+            bucket.create(name, content, self.until_seconds(), self.capabilities.pack_class)
         except (Exists, Unavailable) as error:
             # Neither proves anything: what is there decides, as it does for every conditional write.
             try:
@@ -142,122 +138,55 @@ def prove_lockable(store: ObjectStore) -> None:
     store.prove()
 
 
-class _Bucket:
-    """The requests that only boto3 can make, with the errors translated."""
+class _Bucket(Bucket):
+    """The requests about locks."""
 
-    def __init__(self, url: str) -> None:
-        try:
-            import boto3
-            import botocore.config
-            import botocore.exceptions
-        except ImportError as exc:
-            raise Refused(
-                f"the objects of {url} are to be locked, which needs the package boto3. Nothing was written.",
-                hint="Install it: pip install 'outlast[lock]'.",
-            ) from exc
-        from outlast.store.cloud import s3_endpoint  # here, for repositories in folders never need it
-
-        parts = urlsplit(url)
-        self._url = url
-        self._name = parts.netloc
-        self._prefix = parts.path.strip("/")
-        self._errors = botocore.exceptions
-        endpoint = s3_endpoint()
-        settings: dict[str, Any] = {"s3": {"addressing_style": "path"}} if endpoint else {}
-        config = botocore.config.Config(
-            connect_timeout=10,
-            read_timeout=300,
-            retries={"mode": "standard", "total_max_attempts": 5},
-            max_pool_connections=32,
-            **settings,
-        )
-        with self._translated("open", ""):
-            self._client: Any = boto3.session.Session().client(
-                "s3",
-                endpoint_url=endpoint or None,
-                region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or None,
-                config=config,
-            )
-
-    def _key(self, name: str) -> str:
-        return f"{self._prefix}/{name}" if self._prefix else name
+    purpose = "are to be locked"
+    permissions = "s3:PutObject, s3:PutObjectRetention, s3:GetObjectRetention and s3:GetBucketObjectLockConfiguration"
 
     def prove(self) -> None:
-        with self._translated("lock objects in", ""):
-            found = self._client.get_object_lock_configuration(Bucket=self._name)
+        with self.translated("lock objects in", ""):
+            found = self.client.get_object_lock_configuration(Bucket=self.name)
         if found.get("ObjectLockConfiguration", {}).get("ObjectLockEnabled") != "Enabled":
             raise self._not_lockable("")
 
-    def create(self, name: str, content: bytes, until_seconds: float) -> None:
-        with self._translated("write", name):
-            self._client.put_object(
-                Bucket=self._name,
-                Key=self._key(name),
+    def create(self, name: str, content: bytes, until_seconds: float, pack_class: str) -> None:
+        named = {"StorageClass": pack_class} if pack_class and name.startswith("packs/") else {}
+        with self.translated("write", name):
+            self.client.put_object(
+                Bucket=self.name,
+                Key=self.key(name),
                 Body=content,
                 IfNoneMatch="*",
                 ObjectLockMode="COMPLIANCE",
                 ObjectLockRetainUntilDate=datetime.fromtimestamp(until_seconds, UTC),
+                **named,
             )
 
     def retain(self, name: str, until_seconds: float) -> None:
         until = datetime.fromtimestamp(until_seconds, UTC)
-        with self._translated("lock", name):
-            self._client.put_object_retention(
-                Bucket=self._name,
-                Key=self._key(name),
+        with self.translated("lock", name):
+            self.client.put_object_retention(
+                Bucket=self.name,
+                Key=self.key(name),
                 Retention={"Mode": "COMPLIANCE", "RetainUntilDate": until},
             )
 
     def retained_until_seconds(self, name: str) -> float:
         """Unix time until which the object is locked in compliance mode; 0 when it isn't, or it is kept from us."""
-        with self._translated("read the lock of", name):
-            head = self._client.head_object(Bucket=self._name, Key=self._key(name))
+        with self.translated("read the lock of", name):
+            head = self.client.head_object(Bucket=self.name, Key=self.key(name))
         until = head.get("ObjectLockRetainUntilDate")
         return float(until.timestamp()) if until and head.get("ObjectLockMode") == "COMPLIANCE" else 0
 
-    @contextmanager
-    def _translated(self, action: str, name: str) -> Iterator[None]:
-        try:
-            yield
-        except self._errors.ClientError as exc:
-            raise self._translate(exc.response, action, name) from None
-        except self._errors.NoCredentialsError:
-            raise Refused(
-                f"no AWS credentials were found, so {self._url} does not let us {action} {name or 'it'}; nothing was "
-                "changed.",
-                hint="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, then run the same command again.",
-            ) from None
-        except (self._errors.BotoCoreError, OSError, ValueError) as exc:
-            raise Unavailable(
-                f"{self._url} did not {action} {name or 'it'} ({type(exc).__name__}).",
-                hint="Check the network and the endpoint; the same command can be run again.",
-            ) from None
-
-    def _translate(self, response: dict[str, Any], action: str, name: str) -> OutlastError:
-        code = str(response.get("Error", {}).get("Code", ""))
-        status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        reason = f"HTTP {status} {code}"
-        if code in {"PreconditionFailed", "ConditionalRequestConflict"} or status == 412:
-            return Exists(f"the object `{name}` may already exist ({reason}).")
-        if code == "NoSuchBucket":
-            return NotFound(f"the bucket {self._name} does not exist.", hint="Create it, or correct the URL.")
-        if code == "NoSuchKey" or (status == 404 and name):
-            return NotFound(f"there is no object `{name}` in {self._url}.")
-        if code in _NOT_LOCKABLE or (status == 404 and not name):
-            return self._not_lockable(f" ({reason})")
-        if code in _REFUSALS or status in {401, 403} or (status == 400 and code != "RequestTimeout"):
-            return Refused(
-                f"{self._url} does not let us {action} {name or 'it'} ({reason}); nothing was changed.",
-                hint="The account needs s3:PutObject, s3:PutObjectRetention, s3:GetObjectRetention and "
-                "s3:GetBucketObjectLockConfiguration there.",
-            )
-        return Unavailable(
-            f"{self._url} did not {action} {name or 'it'} ({reason}).", hint="The same command can be run again."
-        )
+    def translate(self, code: str, status: int, action: str, name: str) -> OutlastError:
+        if code in _NOT_LOCKABLE or (status == 404 and not name and code != "NoSuchBucket"):
+            return self._not_lockable(f" (HTTP {status} {code})")
+        return super().translate(code, status, action, name)
 
     def _not_lockable(self, reason: str) -> Refused:
         return Refused(
-            f"the bucket {self._name} does not lock objects{reason}, as this repository needs it to. "
+            f"the bucket {self.name} does not lock objects{reason}, as this repository needs it to. "
             "Nothing was written.",
             hint="Object Lock is switched on for a bucket, best when it is made: `aws s3api create-bucket "
             "--object-lock-enabled-for-bucket`. Give such a bucket, or leave --lock-days out.",
