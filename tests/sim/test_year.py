@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from year import HOUR, NS, Year
+from year import HOUR, NS, Year, kept_by_nobody
 
 from outlast.backup import restore
 from outlast.records import LogEntry, Snapshot
@@ -21,6 +21,7 @@ from outlast.records import time_ns as parsed_ns
 from outlast.repo.check import check
 from outlast.repo.repository import Repository
 from outlast.repo.state import FORGET, PROVEN, SNAPSHOT
+from outlast.store.lease import Lease
 from outlast.tiers.policy import DAY_SECONDS as DAY
 from outlast.tiers.policy import Policy, Source, Tier, intervals
 
@@ -215,7 +216,8 @@ def digest(folder: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_year_of_a_team(tmp_path: Path) -> None:
+def test_a_year_of_a_team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lease, "kept", kept_by_nobody)
     print(f"OUTLAST_SEED={SEED} OUTLAST_DAYS={DAYS}")
     year = Year(team(tmp_path), str(tmp_path), SEED)
     observer = Observer(year)

@@ -70,7 +70,7 @@ def fetch(repository: Repository, chunks: Iterable[bytes], deliver: Deliver, fai
 
     parts = list(ranges(repository, chunks, failed))
     able = repository.store.capabilities
-    if able.memory_map and sum(part.end - part.start for part in parts) < _FEW_BYTES:
+    if len(parts) == 1 or (able.memory_map and sum(part.end - part.start for part in parts) < _FEW_BYTES):
         return run(parts)  # to start threads takes longer
     # A local disk reads ahead for whoever reads on: there each pack is for one thread.
     by_pack = [list(each) for _, each in groupby(parts, key=lambda part: part.pack)]
