@@ -396,3 +396,17 @@ def test_a_store_that_deletes_nothing_keeps_working_through_changes_of_keys() ->
     assert saved(reopen(store, TWO)) == whole("after")
     removed = {slot.id for slot in keyring.slots(first) if slot.is_removed}
     assert removed == {*change.replaced, *again.replaced}
+
+
+def test_several_threads_open_one_repository_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the jobs of an agent do. Unordered, derivations over several lanes wait for each other for ever."""
+    monkeypatch.setattr(seal, "ARGON2_LANES", 4)
+    store = MemoryStore("shared")
+    make(store)
+    opened: list[Repository] = []
+    threads = [threading.Thread(target=lambda: opened.append(reopen(store)), daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(opened) == 8

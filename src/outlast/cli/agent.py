@@ -138,17 +138,16 @@ def _once_lines(teller: _Teller) -> Iterator[str]:
 def _serve(call: Call, made: list[Any], teller: _Teller) -> int:
     from outlast.agent import Agent
 
-    over = threading.Event()
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        over.set()
-
+    # A signal that reaches another thread doesn't wake the first from waiting for a lock; a byte in a pipe does.
+    told, tells = os.pipe()
+    os.set_blocking(tells, False)
+    signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
     for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, stop)
+        signal.signal(each, _only_wake)
     running = Agent(made, SYSTEM_CLOCK, teller)
     running.start()
     teller.say(f"{count_text(len(made), 'job')} started.")
-    over.wait()
+    os.read(told, 1)
     teller.say("stopping: what is under way gets some seconds to end.")
     if running.stop(_STOP_SECONDS):
         return 0
@@ -156,6 +155,10 @@ def _serve(call: Call, made: list[Any], teller: _Teller) -> int:
     # committed is whole; so it is.
     call.printer.close()
     os._exit(0)
+
+
+def _only_wake(number: int, frame: FrameType | None) -> None:
+    return
 
 
 class _Teller:

@@ -12,6 +12,7 @@ newest key. So whatever runs at the same time, the log's order sees to it that o
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,8 @@ SLOTS_MAX = 64
 LABEL_CHARACTERS_MAX = 200
 _TRIES = 5
 _ID_CHARACTERS_MIN = 4
+_deriving = threading.Lock()
+"""OpenSSL derives a key in threads of one pool: two derivations at once wait for each other for ever."""
 
 Secret = Callable[[], bytes]
 """Gives the passphrase when it is needed; called at most once per open."""
@@ -106,7 +109,8 @@ def _read_slots(store: ObjectStore) -> list[_Opened]:
 def _open_slots(store: ObjectStore, repository_id: str, passphrase: bytes) -> list[_Opened]:
     found = _read_slots(store)
     for each in found:
-        keys = seal.unwrap_keys(each.slot, passphrase) if each.slot else None
+        with _deriving:
+            keys = seal.unwrap_keys(each.slot, passphrase) if each.slot else None
         each.keys = keys if keys and keys.repository.hex() == repository_id else None
     return found
 
@@ -164,7 +168,8 @@ def _reloading(keys: Keys, store: ObjectStore, passphrase: bytes) -> Keys:
 def _write_slot(store: ObjectStore, keys: Keys, passphrase: bytes, label: str, clock: Clock) -> str:
     """Make a slot durable, and read it back: what is sealed later may be opened by nothing else."""
     created = records.time_text(clock.now_ns())
-    slot = seal.wrap_keys(keys, passphrase, clock.random_bytes(seal.SALT_BYTES), created, label)
+    with _deriving:
+        slot = seal.wrap_keys(keys, passphrase, clock.random_bytes(seal.SALT_BYTES), created, label)
     identifier = clock.random_bytes(16).hex()
     name = f"keys/{identifier}"
     store.put_if_absent(name, [records.canonical_object(slot)])
