@@ -29,8 +29,8 @@ time_ns = lru_cache(None)(parsed_ns)
 
 SEED = int(os.environ.get("OUTLAST_SEED", "20261122"))
 DAYS = int(os.environ.get("OUTLAST_DAYS", "365"))
-SLACK = 6 * HOUR
-"""an agent looks every three hours, and tries again after at most one"""
+SLACK = 7 * HOUR
+"""an agent looks every four hours, and tries again after at most one"""
 VERIFIED_WITHIN = 7 * DAY
 COPIES = 2
 
@@ -57,7 +57,7 @@ def team(folder: Path) -> Policy:
 
 
 class Observer:
-    """Looks at the tiers themselves every six hours, past all faults, and judges by rules of its own."""
+    """Looks at the tiers themselves every eight hours, past all faults, and judges by rules of its own."""
 
     def __init__(self, year: Year) -> None:
         self.year = year

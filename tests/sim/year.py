@@ -29,7 +29,7 @@ from outlast.tiers.policy import DAY_SECONDS, Policy, Tier
 
 NS = 10**9
 HOUR = 3600
-LOOK_SECONDS = 3 * HOUR
+LOOK_SECONDS = 4 * HOUR
 """an agent that has nothing to do looks again after so long"""
 
 
@@ -200,7 +200,7 @@ class Year:
     # -- time ----------------------------------------------------------------------------------------
 
     def run(self, days: float, look: Callable[[], None]) -> None:
-        """Let time pass; `look` is called every six hours, when no agent is at work."""
+        """Let time pass; `look` is called every eight hours, when no agent is at work."""
         until_ns = self.clock.now_ns() + int(days * DAY_SECONDS) * NS
         next_look_ns = next_day_ns = self.clock.now_ns()
         while (now_ns := self.clock.now_ns()) < until_ns:

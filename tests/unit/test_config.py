@@ -278,7 +278,7 @@ MISTAKES = {
     "write a number and a unit, as `7 days`, `12h` or `90 min`",
     source("incremental: auto"): f"{MODELS}.incremental: auto follows from rpo, and there is none; "
     "add rpo, as `rpo: 6 h`",
-    source("rpo: 6h"): f"{MODELS}.rpo: is shorter than the 12 h between two backups; "
+    source("incremental: 12 h\n    rpo: 6h"): ":6: sources.models.rpo: is shorter than the 12 h between two backups; "
     "write `incremental: auto`, or `incremental: 3 h`",
     source("rpo"): ":5: is no YAML: could not find expected ':'; is a `:` missing, or a quote or bracket not closed?",
     source("rpo: '6 h"): ":5: is no YAML: found unexpected end of stream; "
@@ -336,7 +336,7 @@ WARNINGS = {
     "those that there are will do",
     source("drill: off\n    rto: 1 h"): ":6: sources.models.rto: is measured by drills, and they are off; "
     "turn drill on, or leave rto out",
-    source("rpo: 12 h"): f"{MODELS}.rpo: is just the 12 h between two backups; "
+    source("incremental: 12 h\n    rpo: 12 h"): ":6: sources.models.rpo: is just the 12 h between two backups; "
     "write `incremental: auto`, or `incremental: 6 h`",
     source("drill: {golden: x}"): f"{MODELS}.drill.golden: is never run: it belongs to L3, and drills go up to L2; "
     "write `level: L3`",

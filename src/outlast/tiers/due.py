@@ -105,24 +105,33 @@ class Facts:
         self.held = {tier.name: each for tier, each in zip(policy.tiers, held, strict=True)}
         self.now_ns = now_ns
         every = {identity: snapshot for each in held for identity, snapshot in each.snapshots.items()}
-        began = [(snapshot, _began_ns(snapshot, now_ns)) for snapshot in every.values()]
-        newest = _newest_of_each(began)
+        began = {identity: _began_ns(snapshot, now_ns) for identity, snapshot in every.items()}
+        newest = _newest_of_each(every.values(), began)
+        full = _newest_of_each(filter(is_full, every.values()), began)
         self.intervals = {each.name: intervals(each, newest.get(each.name)) for each in policy.sources}
-        self.every = {snapshot.id: Known(snapshot, at_ns, self._until_ns(snapshot, at_ns)) for snapshot, at_ns in began}
+        self.every = {
+            identity: Known(snapshot, began[identity], self._until_ns(snapshot, began[identity]))
+            for identity, snapshot in every.items()
+        }
         """every snapshot that any tier holds, each tier's in the order of commit"""
         self.newest = {name: self.every[each.id] for name, each in newest.items()}
-        full = _newest_of_each((snapshot, at_ns) for snapshot, at_ns in began if is_full(snapshot))
         self.newest_full = {name: self.every[each.id] for name, each in full.items()}
-        lasting = {known.snapshot.id for known in (*self.newest.values(), *self.newest_full.values())}
+        self.last_in = {tier: self._last_in(its, began) for tier, its in self.held.items()}
+        """tier -> name -> the newest snapshot that it holds"""
+        lasting = {each.id for each in (*newest.values(), *full.values())}
         lasting.update(*(each.resumed for each in held))
         lasting.update(each.id for each in every.values() if each.tags and has_tag(each, KEEP_TAG))
-        self.last_in = {
-            tier: _newest_of_each((each, self.every[each.id].time_ns) for each in its.snapshots.values())
-            for tier, its in self.held.items()
-        }
-        """tier -> name -> the newest snapshot that it holds"""
         self.kept = {tier.name: self._kept(tier, lasting) for tier in policy.tiers}
         """tier -> every snapshot that it is to hold, wherever that is now"""
+
+    def _last_in(self, held: Held, began: dict[str, int]) -> dict[str, Snapshot]:
+        found = {name: each.snapshot for name, each in self.newest.items() if each.snapshot.id in held.snapshots}
+        others = (
+            [each for each in held.snapshots.values() if each.name not in found]
+            if len(found) < len(self.newest)
+            else []
+        )
+        return {**found, **_newest_of_each(others, began)}
 
     def _until_ns(self, snapshot: Snapshot, began_ns: int) -> int:
         source = self.intervals.get(snapshot.name)
@@ -352,13 +361,13 @@ def _task(kind: Kind, due_ns: int, reason: str, tier: str, known: Iterable[Known
     return Task(kind, due_ns, reason, tier, snapshots=tuple(each.id for each in found), origin=origin, bytes=size)
 
 
-def _newest_of_each(dated: Iterable[tuple[Snapshot, int]]) -> dict[str, Snapshot]:
+def _newest_of_each(snapshots: Iterable[Snapshot], began: dict[str, int]) -> dict[str, Snapshot]:
     """name -> the newest; of two of one time the later one."""
-    times: dict[str, int] = {}
     newest: dict[str, Snapshot] = {}
-    for snapshot, at_ns in dated:
-        if at_ns >= times.get(snapshot.name, 0):
-            times[snapshot.name], newest[snapshot.name] = at_ns, snapshot
+    for snapshot in snapshots:
+        found = newest.get(snapshot.name)
+        if found is None or began[snapshot.id] >= began[found.id]:
+            newest[snapshot.name] = snapshot
     return newest
 
 

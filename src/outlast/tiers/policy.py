@@ -139,6 +139,9 @@ def intervals(source: Source, newest: Snapshot | None) -> Intervals:
     elif source.incremental_seconds is not None:
         incremental = source.incremental_seconds
         reasons.append("incremental as configured")
+    elif source.rpo_seconds is not None and incremental > source.rpo_seconds // 2:
+        incremental = source.rpo_seconds // 2
+        reasons.append(f"incremental twice within the RPO of {source.rpo_seconds} s")
     if source.full_seconds is not None:
         full = source.full_seconds
         reasons.append("full as configured")
