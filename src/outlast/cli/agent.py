@@ -101,7 +101,9 @@ def places(call: Call, policy: Policy) -> Places:
     def opened(store: ObjectStore) -> Repository:
         return Repository.open(store, secret=secret, sink=call.printer)
 
-    return Places(policy, lambda tier: open_store(tier.url, SYSTEM_CLOCK), opened, SYSTEM_CLOCK)
+    return Places(
+        policy, lambda tier: open_store(tier.url, SYSTEM_CLOCK, pack_class=tier.storage_class), opened, SYSTEM_CLOCK
+    )
 
 
 @click.command(cls=Command, codes=(3,), when_stopped="What was committed is whole; the rest is done next time.")

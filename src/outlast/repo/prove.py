@@ -33,8 +33,8 @@ class ProofReport(msgspec.Struct):
 def prove(repository: Repository, snapshots: Sequence[Snapshot], *, trust_seconds: float = 0.0) -> ProofReport:
     """Read the packs that hold what these snapshots need, each once, and commit what was found.
 
-    A pack that the log says was read whole, and right, in the last `trust_seconds` is not read again; then the
-    snapshot counts as proven since that time. Damage elsewhere in those packs hurts nobody here, and is noted by pack.
+    A pack that the log says was read whole, and right, in the last `trust_seconds` is not read again, and none that is
+    archived; then the snapshot counts as proven since that time. Damage elsewhere in those packs hurts nobody here, and is noted by pack.
     Raises `Unavailable` when the store can't be read: then nothing is noted.
     """
     report = ProofReport()
@@ -42,6 +42,7 @@ def prove(repository: Repository, snapshots: Sequence[Snapshot], *, trust_second
     now, trusted_since = records.time_text(now_ns), records.time_text(max(0, now_ns - int(trust_seconds * 1e9)))
     repository.refresh()
     repository.load_index()
+    repository.learn_archived()
     needs: dict[str, dict[bytes, str]] = {}
     for snapshot in snapshots:
         try:
@@ -50,7 +51,12 @@ def prove(repository: Repository, snapshots: Sequence[Snapshot], *, trust_second
             report.damaged[snapshot.id] = exc.message
     needed = {pack for packs in needs.values() for pack in packs.values()}
     state = repository.state
-    read = {name for name in needed if name in state.damaged or state.verified.get(name, "") <= trusted_since}
+    read = {
+        name
+        for name in needed
+        if name in state.damaged
+        or state.verified.get(name, "") <= (trusted_since if name not in repository.archived else "")
+    }
     report.packs_trusted = len(needed) - len(read)
     refs = [ref for name in sorted(read) if (ref := state.find(name)) is not None]
     scrub = Scrub(repository.store, repository.clock, repository.sink)

@@ -171,7 +171,8 @@ def plan(policy: Policy, held: Sequence[Held], now_ns: int) -> Plan:
         found, lag = _copies(facts, number)
         copies += found
         lags.append(lag)
-    tasks = [*_backups(facts), *_mends(facts), *copies, *_proofs_of_full(facts), *_drops(facts), *_drills(facts)]
+    proofs = [*_proofs_of_full(facts), *_proofs_before_archiving(facts)]
+    tasks = [*_backups(facts), *_mends(facts), *copies, *proofs, *_drops(facts), *_drills(facts)]
     return Plan(tuple(tasks), tuple(lags))
 
 
@@ -264,6 +265,23 @@ def _proofs_of_full(facts: Facts) -> Iterator[Task]:
         yield msgspec.structs.replace(task, full=True)
 
 
+def _proofs_before_archiving(facts: Facts) -> Iterator[Task]:
+    """What is archived can't be read any more, so it is proven before; what was proven is archived with it."""
+    for tier in facts.policy.tiers:
+        held = facts.held[tier.name]
+        if not tier.archive_class:
+            continue
+        old_ns = facts.now_ns - tier.archive_after_seconds * _NS
+        found = [
+            facts.every[each]
+            for each in held.snapshots
+            if each not in held.proven and each not in held.hurt and facts.every[each].time_ns <= old_ns
+        ]
+        if found:
+            due_ns = _next_midnight_ns(min(each.time_ns for each in found) + tier.archive_after_seconds * _NS)
+            yield _task("prove", due_ns, f"proven, and then moved to {tier.archive_class}", tier.name, found)
+
+
 def _drops(facts: Facts) -> Iterator[Task]:
     """What a tier keeps no more: dropped once a day, when the copies are proven; those that aren't are proven first.
 
@@ -310,7 +328,10 @@ def _unproven_copies(facts: Facts, number: int, known: Known) -> list[str] | Non
     if len(holding) < needed:
         return None
     since_ns = facts.now_ns - facts.policy.verified_within_seconds * _NS
-    fresh = [name for name in holding if facts.proven_ns(name, known.snapshot.id) > since_ns]
+    archived = {tier.name for tier in facts.policy.tiers if tier.archive_class}  # what is in there can't be read again
+    fresh = [
+        name for name in holding if facts.proven_ns(name, known.snapshot.id) > (0 if name in archived else since_ns)
+    ]
     stale = [name for name in holding if name not in fresh]
     return stale[: max(0, needed - len(fresh))]
 
@@ -320,8 +341,13 @@ def _next_day_ns(facts: Facts, number: int, gone: Iterable[Known]) -> int:
     retention = facts.policy.tiers[number].retention_seconds
     own_ns = _FOR_EVER if retention is None else retention * _NS
     end_ns = min(min(known.until_ns, known.time_ns + own_ns) for known in gone)
+    return _next_midnight_ns(end_ns)
+
+
+def _next_midnight_ns(at_ns: int) -> int:
+    """UTC."""
     day_ns = DAY_SECONDS * _NS
-    return (end_ns // day_ns + 1) * day_ns
+    return (at_ns // day_ns + 1) * day_ns
 
 
 def _drills(facts: Facts) -> Iterator[Task]:
@@ -339,7 +365,7 @@ def _drills(facts: Facts) -> Iterator[Task]:
         turns = [
             (_ns_or_zero(held.drills[name].time) if name in held.drills else 0, number, tier)
             for number, (tier, held) in enumerate(facts.held.items())
-            if facts.holds(tier, newest.snapshot.id)
+            if facts.holds(tier, newest.snapshot.id) and not facts.policy.tiers[number].archive_class
         ]
         if not turns:
             continue

@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from outlast.records import Snapshot
+from outlast.repo.thaw_plan import Prices
 
 HOUR_SECONDS = 3600
 DAY_SECONDS = 24 * HOUR_SECONDS
@@ -89,6 +90,11 @@ class Tier(msgspec.Struct, frozen=True):
     batch_size: int = 16
     """so many snapshots wait for no others"""
     bandwidth_bytes_per_second: float | None = None
+    storage_class: str = ""
+    """of S3, in which packs are created: one that can be read at once; "" is the bucket's own"""
+    archive_class: str = ""
+    """of S3, to which packs are moved once they were proven; reading them again takes a thaw. "" for none"""
+    archive_after_seconds: int = 30 * DAY_SECONDS
 
     @property
     def recompresses(self) -> bool:
@@ -107,6 +113,8 @@ class Policy(msgspec.Struct, frozen=True):
     """how old the proof of such a copy may be"""
     run_drill: DrillPolicy | None = None
     """for runs, whose checkpoints come from training scripts"""
+    prices: Prices = Prices()
+    """of thawing, storing and moving in the region of the buckets"""
     lease_seconds: int = 120
     """after so long without a sign of life the work of an agent is another's"""
 

@@ -12,7 +12,8 @@ from outlast.backup.origin import RepositoryOrigin
 from outlast.backup.repair import repair
 from outlast.errors import Corrupt
 from outlast.records import Snapshot
-from outlast.repo import forget, prune
+from outlast.repo import archive, forget, prune
+from outlast.repo.archive_plan import ArchivePolicy
 from outlast.repo.copy import copy
 from outlast.repo.prove import prove
 from outlast.repo.prune_plan import Policy as PrunePolicy
@@ -92,6 +93,12 @@ def _prove(task: Task, places: Places, repository: Repository) -> Done:
     report = prove(repository, _snapshots(task, repository), trust_seconds=trust_seconds)
     problems = tuple(f"snapshot {each[:8]} is damaged: {problem}" for each, problem in report.damaged.items())
     text = f"proved {_count(report.proven)}, {report.bytes_read:,} bytes read"
+    tier = places.tier(task.tier)
+    if tier.archive_class:
+        policy = ArchivePolicy(tier.archive_class, tier.archive_after_seconds)
+        moved = archive.execute(repository, archive.plan(repository, policy))
+        text += f"; {moved.bytes:,} bytes moved to {tier.archive_class}"
+        problems += tuple(f"pack {each[:16]} could not be moved to {tier.archive_class}" for each in moved.failed)
     return Done(task, text, problems, tuple(report.proven), report.bytes_read)
 
 
