@@ -48,7 +48,7 @@ def team(folder: Path) -> Policy:
         ),
         sources=(
             Source("models", at("models"), importance="critical", stage="final", drill=None),
-            Source("data", at("data"), stage="final", retention_seconds=14 * DAY, drill=None),
+            Source("data", at("data"), importance="low", stage="final", retention_seconds=14 * DAY, drill=None),
             Source("config", at("config"), stage="final", drill=None),
         ),
         copies=COPIES,

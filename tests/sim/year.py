@@ -183,7 +183,7 @@ class Year:
     def _draw_faults(self) -> None:
         """Once a day."""
         for store in self.stores.values():
-            for fault, chance, hours_max in (("down", 0.02, 100), ("full", 0.01, 48), ("slow", 0.01, 24)):
+            for fault, chance, hours_max in (("down", 0.02, 100), ("full", 0.01, 16), ("slow", 0.01, 24)):
                 if not getattr(store, fault) and self.dice.random() < chance:
                     self.counts[fault] += 1
                     setattr(store, fault, True)
