@@ -17,9 +17,10 @@ from outlast.repo.repository import Repository, chunk_offsets
 from outlast.repo.sums import Parts, added
 from outlast.repo.write import Prepared, Writer
 
-DIFFERENCES_MAX = 3
-"""Of the sums that are written. With more of them a series gets hardly smaller (1 % with seven) and slower to read,
-and more depends on one block."""
+DIFFERENCES_MAX = {2: 1, 4: 3, 8: 3}
+"""By the bytes of an element, of the sums that are written. With more of them a series gets hardly smaller (1 % with
+seven) and slower to read, and more depends on one block. Of narrow elements every byte has to be decoded, which takes
+twice as long for each difference."""
 GAIN_MIN = 0.05
 
 
@@ -164,7 +165,7 @@ def has(writer: Writer, block: Block) -> bool:
 
 def _may_build(before: Block, item_bytes: int) -> bool:
     fits = item_bytes in difference.ITEM_BYTES and before.parts.item_bytes in (0, item_bytes)
-    return fits and before.bytes % item_bytes == 0 and len(before.parts.ids) <= DIFFERENCES_MAX
+    return fits and before.bytes % item_bytes == 0 and len(before.parts.ids) <= DIFFERENCES_MAX[item_bytes]
 
 
 def _read(repository: Repository, block: Block) -> bytes | memoryview:
