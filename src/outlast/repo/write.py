@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from outlast.repo.repository import Repository
 
 PACK_WRITERS = 2
+PACK_WRITERS_AFAR = 4
+"""Where one connection rarely fills the line. Each holds a pack in memory."""
 PACK_CHUNKS_MAX = 50_000
 # Packs of a long backup are committed this often, so that one that is killed doesn't begin anew.
 COMMIT_PACKS_BYTES = 1 << 30
@@ -65,8 +67,9 @@ class Writer:
         self._open_pack: list[EncodedChunk] = []
         self._open_bytes = 0
         self._pending: set[bytes] = set()
-        self._pool = ThreadPoolExecutor(PACK_WRITERS, thread_name_prefix="pack")
-        self._slots = threading.BoundedSemaphore(PACK_WRITERS)
+        writers = PACK_WRITERS if repository.store.capabilities.memory_map else PACK_WRITERS_AFAR
+        self._pool = ThreadPoolExecutor(writers, thread_name_prefix="pack")
+        self._slots = threading.BoundedSemaphore(writers)
         self._in_flight: list[Future[BuiltPack]] = []
         self._durable: list[PackRef] = []
         self._footers: list[Footer] = []

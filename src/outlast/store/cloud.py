@@ -116,14 +116,14 @@ class CloudStore:
             raise _translate(exc, action, name, self._url) from None
 
     def put_if_absent(self, name: str, parts: Sequence[Buffer]) -> None:
-        content = b"".join(parts)
         try:
             with self._translated("write", name):
-                self._api.put(self._store, check_name(name), content, mode="create", use_multipart=False)
+                # Sent as they are: to join 64 MB takes a fifth as long as to sign and send them.
+                self._api.put(self._store, check_name(name), list(parts), mode="create", use_multipart=False)
         except (Exists, Unavailable) as error:
             if isinstance(error, StoreFull):
                 raise
-            self._settle(name, content, error)
+            self._settle(name, b"".join(parts), error)
 
     def _settle(self, name: str, content: bytes, error: OutlastError) -> None:
         """After a reply that proves nothing: return when our bytes are there, else raise what is true."""
