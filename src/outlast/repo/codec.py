@@ -201,7 +201,7 @@ def _decode_planes(encoded: memoryview, plain: NDArray[np.uint8]) -> None:
         planes.append(np.frombuffer(plane, f"<u{width}"))
         at += stored_bytes
     if item_bytes == 2:
-        _join_bytes(*planes, plain[:whole].view("<u2"))
+        _join_bytes(planes[0], planes[1], plain[:whole].view("<u2"))
     else:
         for view, values in zip(_plane_views(plain[:whole], item_bytes), planes, strict=True):
             view[:] = values

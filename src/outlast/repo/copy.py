@@ -21,7 +21,7 @@ import msgspec
 from outlast.errors import Busy, Corrupt, Exists, NotFound, OutlastError, Refused
 from outlast.events import Event, Progress
 from outlast.records import ChunkRef, Entry, Snapshot
-from outlast.repo import codec, deltas, formats, seal
+from outlast.repo import codec, deltas, formats, leftovers, seal
 from outlast.repo.content import Content, RecentChunks
 from outlast.repo.deltas import Block, Kept
 from outlast.repo.formats import Span
@@ -89,12 +89,14 @@ def copy(
     `references` are the beginnings of ids, or `latest`; without them all snapshots are meant. With
     `name` only those of that name are looked at. With `delta` tensors are stored as differences from those
     at their place in the snapshot before of that name in the target, where these are smaller; those of a full
-    backup are stored whole, and nothing is a difference in a target that was made before there were any. A snapshot is the same one in the target: id, time,
-    tags and parent are kept; `bytes_added`, `bytes_stored` and the chunk ids are the target's own.
+    backup are stored whole, and nothing is a difference in a target that was made before there were any.
+
+    A snapshot is the same one in the target: id, time, tags and parent are kept; `bytes_added`, `bytes_stored` and
+    the chunk ids are the target's own.
 
     A snapshot with damage in the source is named in the report and not committed; the others go on.
     Whatever this raises, and whenever it is killed, the snapshots committed until then are whole and
-    what was uploaded and committed is not uploaded again.
+    no pack that had become durable is uploaded again: the next copy finds those that were not committed.
 
     Raises `Refused` when both are one repository, `NotFound` and `InvalidInput` as `find_snapshot`
     does, `Unavailable`, `StoreFull`, and `Busy` when prunes of the target kept removing what the copy
@@ -154,6 +156,8 @@ class _Run:
         for snapshot in chosen:
             if snapshot.id in self.target.state.snapshots:
                 self._skip(snapshot)
+        if new:
+            leftovers.take_up(self.target)
         self._total_bytes, self._total_files = sum(each.bytes for each in new), sum(each.files for each in new)
         for snapshot in new:
             self._copy_one(snapshot)

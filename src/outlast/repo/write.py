@@ -226,8 +226,9 @@ class Writer:
             self._speed_up_next_open()
 
     def _append(self, kind: str, body: dict[str, Any], relied_on: set[str]) -> None:
-        """Commit the packs that are durable, and with them those relied on that were condemned meanwhile."""
+        """Commit the packs that are durable, and with them those relied on that are condemned, or in no entry."""
         durable = {ref.name: ref for ref in self._durable}
+        leftovers = self.repository.leftovers
 
         def whole_body(state: State) -> dict[str, Any]:
             if kind == SNAPSHOT and body["snapshot"]["id"] in state.snapshots:
@@ -236,14 +237,16 @@ class Writer:
             # then: whoever swept it may be about to delete it, so it is never rescued.
             swept = self.repository.log.swept
             gone = [name for name in durable if name in swept]
-            rescued = []
+            rescued: list[PackRef] = []
             for name in sorted(relied_on - durable.keys()):
                 if name in swept:
                     gone.append(name)
-                elif name in state.condemned:
-                    rescued.append(state.find(name))
                 elif name not in state.packs:
-                    gone.append(name)
+                    ref = None if name in state.quarantined else state.find(name) or leftovers.get(name)
+                    if ref is None:
+                        gone.append(name)
+                    else:
+                        rescued.append(ref)
             if gone:
                 raise Busy(
                     f"{len(gone)} packs that this work relied on were deleted or quarantined meanwhile; nothing was "
