@@ -17,11 +17,12 @@ MEMORY_BYTES_MAX = 600_000_000
 class Bar:
     """One promise. `slower`: subject / against must be at most `limit`; `faster`: against / subject at
     least `limit`; `seconds`: the subject's time at most `limit`; `memory`: its peak, in bytes; `added`:
-    bytes added / bytes changed."""
+    bytes added / bytes changed; `size`: bytes kept / bytes of the source; `rate`: bytes of the source for each second
+    of a core, at least `limit`."""
 
     row: str
     subject: str
-    kind: Literal["slower", "faster", "seconds", "memory", "added"]
+    kind: Literal["slower", "faster", "seconds", "memory", "added", "size", "rate"]
     limit: float
     against: str = ""
 
@@ -37,6 +38,10 @@ class Bar:
             return f"at most {in_unit(self.limit, 'g')}"
         if self.kind == "memory":
             return f"at most {self.limit / 1e6:g} MB at its peak"
+        if self.kind == "size":
+            return f"at most {self.limit:g}x the bytes"
+        if self.kind == "rate":
+            return f"at least {self.limit / 1e6:g} MB/s of a core"
         return f"adds at most {self.limit:g}x the bytes that changed"
 
 
@@ -75,6 +80,11 @@ BARS = (
     Bar("grown-plan", "outlast, 10,000 snapshots", "seconds", 0.5),
     Bar("grown-status", "outlast, 10,000 snapshots", "seconds", 0.5),
     Bar("grown-agent", "outlast, 10,000 snapshots", "seconds", 0.5),
+    Bar("cold-fp32", "outlast copy --delta", "size", 0.80),
+    Bar("cold-bf16", "outlast copy --delta", "size", 0.69),
+    Bar("cold-read", "outlast, fp32", "rate", 300e6),
+    Bar("cold-read", "outlast, bf16", "rate", 300e6),
+    Bar("copy-s3", "outlast copy", "slower", 1.25, "obstore"),
     Bar("help", "outlast auto", "seconds", 0.2),
     Bar("stall", "Run.save, overlap=False", "slower", 1.2, "memcpy"),
     Bar("stall-overlap", "Run.save", "seconds", 0.010),
@@ -126,6 +136,14 @@ def judge_one(bar: Bar, records: list[Record]) -> Verdict:
         ]
         if ratios:
             figure, kept = f"{median(ratios):.3f}x", median(ratios) <= bar.limit
+    elif bar.kind in ("size", "rate"):
+        mine = [item for item in records if (item["row"], item["contender"]) == (bar.row, bar.subject)]
+        if mine and bar.kind == "size":
+            share = median(item["repository_bytes"] / item["source_bytes"] for item in mine)
+            figure, kept = f"{share:.3f}x", share <= bar.limit
+        elif mine:
+            rate = median(item["source_bytes"] / item["cpu_seconds"] for item in mine)
+            figure, kept = f"{rate / 1e6:.0f} MB/s", rate >= bar.limit
     elif bar.kind == "memory":
         peaks = [item["rss_bytes"] for item in records if (item["row"], item["contender"]) == (bar.row, bar.subject)]
         if peaks:

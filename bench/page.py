@@ -7,7 +7,8 @@ from statistics import median
 from typing import Any
 
 from bars import Record, judge, shown_seconds
-from rows import ROWS, OfTraining, Row
+from cold import ROWS
+from rows import OfTraining, Row
 
 NOTES_BEGIN = "<!-- notes: written by hand, kept when the page is made again -->"
 NOTES_END = "<!-- end of notes -->"
@@ -71,7 +72,7 @@ def row_table(row: type[Row], records: list[Record]) -> str:
     mine = [item for item in records if item["row"] == row.name]
     names = list(dict.fromkeys(item["contender"] for item in mine))
     runs = {name: [item for item in mine if item["contender"] == name] for name in names}
-    middle = {name: median(item["wall_seconds"] for item in runs[name]) for name in names}
+    middle = {name: median(item[row.ratio_of] for item in runs[name]) for name in names}
     reference = row.reference if row.reference in middle else names[0]
     lines = [
         f"## {row.title}",

@@ -150,6 +150,7 @@ class Row(ABC):
     """the contender that every other one is divided by"""
     note = ""
     """what the title can't say"""
+    ratio_of = "wall_seconds"
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage

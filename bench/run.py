@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from bars import Record, shown_seconds
+from cold import ROWS
 from contenders import ALL_RIVALS, AUTO, installed, version
 from measure import machine, remove, run
 from page import kept_notes, render
-from rows import ROWS, Row, Stage
+from rows import Row, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results.jsonl"

@@ -102,6 +102,34 @@ def test_verdicts_follow_the_medians() -> None:
 
 
 @pytest.mark.usefixtures("bench")
+def test_sizes_and_rates_are_judged() -> None:
+    from bars import judge
+
+    kept = {"source_bytes": 1000, "repository_bytes": 790}
+    records = [
+        run("cold-fp32", "outlast copy --delta", 9.0, **kept),
+        run("cold-bf16", "outlast copy --delta", 9.0, **kept),
+    ]
+    records += [run("cold-read", "outlast, fp32", 0.5, source_bytes=310_000_000)]
+    found = {(verdict.row, verdict.figure): verdict.kept for verdict in judge(records) if verdict.figure}
+    assert found["cold-fp32", "0.790x"] is True
+    assert found["cold-bf16", "0.790x"] is False
+    assert found["cold-read", "310 MB/s"] is True
+
+
+@pytest.mark.slow
+def test_the_rows_of_cold_places_run(tmp_path: Path) -> None:
+    options = ["--scale", "0.0005", "--rounds", "1", "--rows", "cold-fp32,cold-bf16,cold-read,copy-s3"]
+    command = [sys.executable, str(BENCH / "run.py"), *options, "--disk", str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    table = ran.stdout.partition("## What is promised")[2].partition("<!-- notes")[0]
+    promises = [line for line in table.splitlines() if "| cold-" in line or "| copy-s3" in line]
+    assert len(promises) == 5 and not [line for line in promises if "not measured" in line]
+    assert list(tmp_path.iterdir()) == [], "the benchmark left something behind"
+
+
+@pytest.mark.usefixtures("bench")
 def test_the_page_shows_lost_rows_and_keeps_the_notes(tmp_path: Path) -> None:
     from page import kept_notes, render
 

@@ -16,9 +16,11 @@ import pytest
 from shell import PASSPHRASE, Shell
 from trees import describe
 
+from outlast.records import PackRef
 from outlast.repo.pack import object_name
 from outlast.repo.repository import Repository
 from outlast.repo.state import FORGET
+from outlast.store.layers import open_store
 from outlast.store.local import LocalStore
 
 OTHER = "a second passphrase"
@@ -184,54 +186,78 @@ KILLED = textwrap.dedent(
     import os, signal, sys
     import outlast.repo.write
     from outlast.cli.main import main
+    from outlast.store.cloud import CloudStore
     from outlast.store.local import LocalStore
 
-    outlast.repo.write.COMMIT_PACKS_BYTES = 150_000
-    left, put = [int(sys.argv[1])], LocalStore.put_if_absent
+    outlast.repo.write.COMMIT_PACKS_BYTES = int(sys.argv[3])
+    left = [int(sys.argv[1])]
 
-    def killing(store, name, parts):
-        if name.startswith("packs/"):
-            left[0] -= 1
-            if not left[0]:
+    def killing(put):
+        def count(store, name, parts):
+            last = name.startswith("packs/") and left.__setitem__(0, left[0] - 1) is None and not left[0]
+            if last and sys.argv[2] == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
-        put(store, name, parts)
+            put(store, name, parts)
+            if last:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return count
 
-    LocalStore.put_if_absent = killing
-    sys.exit(main(sys.argv[2:]))
+    for kind in (CloudStore, LocalStore):
+        kind.put_if_absent = killing(kind.put_if_absent)
+    sys.exit(main(sys.argv[4:]))
     """
 )
+MOMENTS = [(1, "after", 10**9), (4, "after", 10**9), (5, "before", 150_000), (5, "after", 150_000), (6, "after", 10**9)]
 
 
+@pytest.mark.parametrize("place", ["disk", "s3"])
 @pytest.mark.parametrize("encrypted", [False, True])
-def test_killed_in_the_middle_it_goes_on_from_there(shell: Shell, encrypted: bool) -> None:
+@pytest.mark.parametrize(("packs", "moment", "commit_bytes"), MOMENTS)
+def test_killed_in_the_middle_it_sends_no_pack_twice(
+    shell: Shell, s3: str, place: str, encrypted: bool, packs: int, moment: str, commit_bytes: int
+) -> None:
+    """Whatever had become durable is used, be it in the log or not."""
     shell("init")
     secret = (lambda: PASSPHRASE.encode()) if encrypted else None
-    target = LocalStore(str(shell.folder / "copy"))
+    url = s3 if place == "s3" else str(shell.folder / "copy")
+    target = open_store(url)
     Repository.create(target, secret=secret, pack_bytes=50_000)
     made = back_up(shell, 2)
-    passphrase = {"OUTLAST_PASSPHRASE": PASSPHRASE} if encrypted else {}
+    more = {name: text for name, text in os.environ.items() if name.startswith("AWS_")}
+    more |= {"OUTLAST_PASSPHRASE": PASSPHRASE} if encrypted else {}
     script = shell.folder / "killed.py"
     script.write_text(KILLED)
-    arguments = ["copy", "--from", "repo", "--to", "copy"]
+    arguments = ["copy", "--from", "repo", "--to", url]
     ran = subprocess.run(
-        [sys.executable, str(script), "6", *arguments], cwd=shell.folder, env={**shell.environment, **passphrase}
+        [sys.executable, str(script), str(packs), moment, str(commit_bytes), *arguments],
+        cwd=shell.folder,
+        env={**shell.environment, **more},
     )
     assert ran.returncode == -signal.SIGKILL
     before = Repository.open(target, secret=secret)
     assert before.snapshots() == []
-    committed = {chunk for ref in before.state.packs.values() for chunk in chunk_ids(before, ref.name)}
-    assert len(before.state.packs) >= 3
-    report = shell(*arguments, "--json", **passphrase).json
+    assert not before.state.packs or commit_bytes < 10**9
+    durable = chunks_by_pack(before)
+    assert len(durable) >= max(packs - 4, int(moment == "after")), "as many may have been on their way"
+    report = shell(*arguments, "--json", **more).json
     assert report["copied"] == made
     after = Repository.open(target, secret=secret)
-    again = [name for name in after.state.packs if name not in before.state.packs]
-    assert not committed & {chunk for name in again for chunk in chunk_ids(after, name)}
-    assert report["chunks"] == sum(len(chunk_ids(after, name)) for name in again)
-    assert_restores(shell, made[-1], "--repo", "copy", **passphrase)
+    everything = chunks_by_pack(after)
+    assert everything.keys() == after.state.packs.keys(), "each of them is used, and named by now"
+    sent = [chunks for name, chunks in everything.items() if name not in durable]
+    assert not set().union(*durable.values()) & set().union(*sent)
+    assert report["chunks"] == sum(map(len, sent))
+    assert_restores(shell, made[-1], "--repo", url, **more)
 
 
-def chunk_ids(repository: Repository, pack: str) -> set[bytes]:
-    return set(repository.read_footer(repository.state.packs[pack]).records["id"].tolist())
+def chunks_by_pack(repository: Repository) -> dict[str, set[bytes]]:
+    """Of all objects that are there, whether or not an entry names them."""
+    found = {}
+    for info in repository.store.list("packs/"):
+        name = info.name.rpartition("/")[2]
+        footer = repository.read_footer(PackRef(name, info.size_bytes, 0))
+        found[name] = set(footer.records["id"].tolist())
+    return found
 
 
 FULL = textwrap.dedent(

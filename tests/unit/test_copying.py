@@ -15,7 +15,7 @@ from outlast.clock import ManualClock
 from outlast.errors import Busy, Refused, StoreFull
 from outlast.events import ListSink
 from outlast.records import Chunking, Entry, Snapshot
-from outlast.repo import codec, seal
+from outlast.repo import codec, log, seal
 from outlast.repo import copy as copying
 from outlast.repo import pairs as pairing
 from outlast.repo.check import open_and_check
@@ -459,6 +459,90 @@ def test_what_a_prune_takes_away_is_copied_again(times: int, to_encrypted: bool)
         with pytest.raises(Busy, match="deleted or quarantined"):
             run(source, target)
         assert target.open().snapshots() == []
+    assert target.is_whole()
+
+
+def cut_off(source: Place, target: Place) -> list[str]:
+    """A copy that ended before it could commit anything: the packs that it left."""
+
+    def no_room(name: str) -> None:
+        if name.startswith("log/"):
+            raise StoreFull("there is no room.")
+
+    target.store.before_put = no_room
+    with pytest.raises(StoreFull):
+        run(source, target)
+    target.store.before_put = lambda name: None
+    left = [info.name.rpartition("/")[2] for info in target.store.list("packs/")]
+    assert left and not target.open().state.packs
+    return left
+
+
+@pytest.mark.parametrize("to_encrypted", [False, True])
+def test_what_was_left_by_a_copy_that_was_cut_off_is_used(to_encrypted: bool) -> None:
+    source, target = Place(), Place(to_encrypted)
+    snapshot = source.add({"a": noise(1), "b": noise(2)})
+    left = cut_off(source, target)
+    assert run(source, target).chunks == 0
+    assert sorted(target.open().state.packs) == sorted(left)
+    assert content(target.open(), snapshot.id) == {"a": noise(1), "b": noise(2)}
+    assert target.is_whole()
+
+
+@pytest.mark.parametrize("from_a_state", [False, True])
+def test_what_was_swept_is_no_leftover_though_its_object_is_there(
+    from_a_state: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever swept it may delete it at any moment. A state does not tell of it, only the log does."""
+    source, target = Place(), Place()
+    snapshot = source.add({"a": noise(1)})
+    left = cut_off(source, target)
+    if from_a_state:
+        monkeypatch.setattr(log, "STATE_EVERY", 1)
+    repository = target.open()
+    repository.log.append(CONDEMN, lambda state: {"packs": [{"name": each, "bytes": 1, "chunks": 0} for each in left]})
+    repository.log.append(SWEEP, lambda state: {"packs": left})
+    repository.log.save_state()
+    assert any(target.store.list("state/")) == from_a_state
+    assert run(source, target).chunks > 0
+    for each in left:
+        target.store.delete(object_name(each))
+    assert not set(left) & target.open().state.packs.keys()
+    assert content(target.open(), snapshot.id) == {"a": noise(1)}
+    assert target.is_whole()
+
+
+def test_a_leftover_that_is_swept_meanwhile_is_copied_again() -> None:
+    source, target = Place(), Place()
+    snapshot = source.add({"a": noise(1)})
+    left = cut_off(source, target)
+
+    def sweep(name: str) -> None:
+        if name.startswith("log/"):
+            target.store.before_put = lambda name: None
+            other = target.open()
+            listed = [{"name": each, "bytes": 1, "chunks": 0} for each in left]
+            other.log.append(CONDEMN, lambda state: {"packs": listed})
+            other.log.append(SWEEP, lambda state: {"packs": left})
+            for each in left:
+                target.store.delete(object_name(each))
+
+    target.store.before_put = sweep
+    assert run(source, target).copied == [snapshot.id]
+    assert content(target.open(), snapshot.id) == {"a": noise(1)}
+    assert target.is_whole()
+
+
+def test_a_leftover_whose_chunks_are_false_is_not_relied_on_in_an_encrypted_repository() -> None:
+    """Whoever can write to the store, and has no key, could have put it there."""
+    source, target = Place(), Place(encrypted=True)
+    snapshot = source.add({"a": noise(1)})
+    for each in cut_off(source, target):
+        data = bytearray(target.store.get(object_name(each)))
+        data[500] ^= 1
+        target.store.put(object_name(each), [bytes(data)])
+    assert run(source, target).chunks > 0
+    assert content(target.open(), snapshot.id) == {"a": noise(1)}
     assert target.is_whole()
 
 

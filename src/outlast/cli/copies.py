@@ -78,7 +78,7 @@ class _Source(Call):
 @click.option("--from", "source", required=True, metavar="URL", help="The repository to copy from; it is only read.")
 @click.option("--to", "target", metavar="URL", help="The repository to copy to. Default: --repo or OUTLAST_REPO.")
 @click.option("--name", metavar="NAME", help="Only snapshots of this name.")
-@click.option("--delta", is_flag=True, help="Keep checkpoints small: as exact differences from the one before.")
+@click.option("--delta", is_flag=True, help="Keep tensors small: as exact differences from the snapshot before.")
 @click.option(
     "--from-passphrase-file",
     metavar="FILE",
@@ -98,8 +98,8 @@ def copy(
     """Copy snapshots to another repository: only what it lacks, every chunk verified.
 
     The copies are the same snapshots, with the same ids. Both repositories may be encrypted, each
-    with its own passphrase. Copying again copies what is new. For a place where checkpoints are kept long,
-    --delta makes them smaller, and slower to store; reading them back is exact.
+    with its own passphrase. Copying again copies what is new. For a place where checkpoints and models are kept
+    long, --delta makes them smaller, and slower to store; reading them back is exact.
     """
     import msgspec
 

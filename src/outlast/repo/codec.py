@@ -47,6 +47,10 @@ _FEW_MATCHES = zstandard.ZstdCompressionParameters(
     window_log=20, chain_log=6, hash_log=6, search_log=1, min_match=7, strategy=zstandard.STRATEGY_FAST
 )
 _PLANE_HEAD = struct.Struct("<BI")
+_AT_ONCE = 32 << 10
+"""elements whose planes a core's own cache holds"""
+_idle: list[zstandard.ZstdDecompressor] = []
+"""those that no thread uses: to make one takes as long as to decode some 10 KB"""
 
 
 class Encoder:
@@ -153,7 +157,14 @@ def decode(codec: int, encoded: bytes | memoryview, plain_bytes: int) -> bytes |
 def _decompress(packed: bytes | memoryview, plain_bytes: int) -> bytes:
     if zstandard.frame_content_size(packed) != plain_bytes:
         raise Corrupt("a zstd frame does not hold as many bytes as it should.")
-    return zstandard.ZstdDecompressor().decompress(packed, max_output_size=plain_bytes)
+    try:
+        decompressor = _idle.pop()
+    except IndexError:
+        decompressor = zstandard.ZstdDecompressor()
+    try:
+        return decompressor.decompress(packed, max_output_size=plain_bytes)
+    finally:
+        _idle.append(decompressor)
 
 
 def _plane_widths(item_bytes: int) -> list[int]:
@@ -182,10 +193,28 @@ def _decode_planes(encoded: memoryview, plain: NDArray[np.uint8]) -> None:
     widths = _plane_widths(item_bytes)
     whole = len(plain) - len(plain) % item_bytes
     at = 1 + len(widths) * _PLANE_HEAD.size
-    for index, (width, view) in enumerate(zip(widths, _plane_views(plain[:whole], item_bytes), strict=True)):
+    planes: list[NDArray[np.unsignedinteger]] = []
+    for index, width in enumerate(widths):
         form, stored_bytes = _PLANE_HEAD.unpack_from(encoded, 1 + index * _PLANE_HEAD.size)
         stored = encoded[at : at + stored_bytes]
         plane = _decompress(stored, whole // item_bytes * width) if form == 1 else stored
-        view[:] = np.frombuffer(plane, f"<u{width}")
+        planes.append(np.frombuffer(plane, f"<u{width}"))
         at += stored_bytes
+    if item_bytes == 2:
+        _join_bytes(planes[0], planes[1], plain[:whole].view("<u2"))
+    else:
+        for view, values in zip(_plane_views(plain[:whole], item_bytes), planes, strict=True):
+            view[:] = values
     plain[whole:] = np.frombuffer(encoded[at:], np.uint8)
+
+
+def _join_bytes(
+    low: NDArray[np.unsignedinteger], high: NDArray[np.unsignedinteger], to: NDArray[np.unsignedinteger]
+) -> None:
+    """Twice as fast as two copies with a stride."""
+    for start in range(0, max(len(low), len(high), len(to)), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        joined = to[part]
+        joined[:] = high[part]
+        np.left_shift(joined, 8, out=joined)
+        np.bitwise_or(joined, low[part], out=joined)

@@ -4,7 +4,7 @@ Chunk ids are equal in two repositories that are not encrypted: a chunk that the
 read. Where one of them is encrypted the same content has another id in each; which id stands for
 which is learned by reading a chunk, or without reading it from the manifests of a snapshot that both
 have. A chunk keeps its encoded form: it is opened, verified and sealed again, not compressed again;
-unless deltas are asked for, which are made of the blocks of checkpoints' tensors, and those are compressed.
+unless deltas are asked for, which are made of the blocks of tensors, and those are compressed.
 Blocks that are sums in the source are sums of the same parts in the target, or whole where it knows no sums.
 """
 
@@ -21,7 +21,7 @@ import msgspec
 from outlast.errors import Archived, Busy, Corrupt, Exists, NotFound, OutlastError, Refused
 from outlast.events import Event, Progress
 from outlast.records import ChunkRef, Entry, Snapshot
-from outlast.repo import codec, deltas, formats, seal
+from outlast.repo import codec, deltas, formats, leftovers, seal
 from outlast.repo.content import Content, RecentChunks
 from outlast.repo.deltas import Block, Kept
 from outlast.repo.formats import Span
@@ -38,6 +38,8 @@ _BYTES_IN_FLIGHT = 64 << 20
 _RANGES_IN_FLIGHT = 64
 _BATCH_CHUNKS = 16 << 10
 _BATCH_ENTRIES = 16 << 10
+_AIM_BYTES_MIN = 64 << 10
+"""in smaller files no tensors are looked for: to read their beginnings costs more than they can save"""
 _CODECS = {"auto": {codec.RAW, codec.ZSTD, codec.PLANES}, "zstd": {codec.RAW, codec.ZSTD}, "none": {codec.RAW}}
 """what the compression of a repository allows in it"""
 
@@ -84,14 +86,16 @@ def copy(
     """Copy the snapshots that the target lacks, in the order in which the source committed them.
 
     `references` are the beginnings of ids, or `latest`; without them all snapshots are meant. With
-    `name` only those of that name are looked at. With `delta` checkpoints are stored as differences from
-    the one before of that name in the target, where these are smaller; not in a target that was made
-    before there were any. A snapshot is the same one in the target: id, time,
-    tags and parent are kept; `bytes_added`, `bytes_stored` and the chunk ids are the target's own.
+    `name` only those of that name are looked at. With `delta` tensors are stored as differences from those
+    at their place in the snapshot before of that name in the target, where these are smaller; those of a full
+    backup are stored whole, and nothing is a difference in a target that was made before there were any.
+
+    A snapshot is the same one in the target: id, time, tags and parent are kept; `bytes_added`, `bytes_stored` and
+    the chunk ids are the target's own.
 
     A snapshot with damage in the source is named in the report and not committed; the others go on.
     Whatever this raises, and whenever it is killed, the snapshots committed until then are whole and
-    what was uploaded and committed is not uploaded again.
+    no pack that had become durable is uploaded again: the next copy finds those that were not committed.
 
     Raises `Refused` when both are one repository, `NotFound` and `InvalidInput` as `find_snapshot`
     does, `Unavailable`, `StoreFull`, and `Busy` when prunes of the target kept removing what the copy
@@ -151,6 +155,8 @@ class _Run:
         for snapshot in chosen:
             if snapshot.id in self.target.state.snapshots:
                 self._skip(snapshot)
+        if new:
+            leftovers.take_up(self.target)
         self._total_bytes, self._total_files = sum(each.bytes for each in new), sum(each.files for each in new)
         for snapshot in new:
             self._copy_one(snapshot)
@@ -270,11 +276,11 @@ class _Session:
         self._snapshot = snapshot
         self._allowed = _CODECS[run.target.format.compression]
         self._keeps_sums = deltas.are_allowed(run.target)
-        self._delta = run.delta and snapshot.kind == "checkpoint"
+        self._delta = run.delta
         loses_sums = deltas.are_allowed(run.source) and not self._keeps_sums
         self._rewrites = run.pairs is not None or self._delta or loses_sums
         """the manifest is not the one of the source, chunk by chunk"""
-        self._before = self._last_in_target() if self._delta else {}
+        self._before = deltas.Earlier(run.target, self._last_in_target() if self._delta else None)
         self._aims: dict[bytes, tuple[int, Block | None]] = {}
         """chunks of the source, of tensors -> bytes of an element, and what the target has in the place so far"""
         self._sums: dict[bytes, tuple[int, int]] = {}
@@ -340,7 +346,7 @@ class _Session:
         return plain
 
     def _take(self, entry: Entry) -> None:
-        if self._delta and entry.type == "file":
+        if self._delta and entry.type == "file" and entry.size >= _AIM_BYTES_MIN:
             self._aim(entry)
         for ref in self._refs(entry):
             self._want(ref)
@@ -366,15 +372,14 @@ class _Session:
         parts_of = entry.parts
         return [ref for ref in entry.chunks if ref[0] not in parts_of]
 
-    def _last_in_target(self) -> dict[str, dict[int, Block]]:
-        """The chunks of the checkpoint before this one, as the target has it."""
-        mine, target = self._snapshot, self._run.target
-        found = [
-            each
-            for each in target.snapshots()
-            if (each.kind, each.name) == (mine.kind, mine.name) and each.time < mine.time
-        ]
-        return deltas.before(target, max(found, key=lambda each: each.time)) if found else {}
+    def _last_in_target(self) -> Snapshot | None:
+        """The snapshot before this one, as far as the target has it. A full backup is built on none."""
+        mine = self._snapshot
+        if mine.kind == "backup" and not mine.parent:
+            return None
+        every = self._run.target.snapshots()
+        found = [each for each in every if (each.kind, each.name) == (mine.kind, mine.name) and each.time < mine.time]
+        return max(found, key=lambda each: each.time, default=None)
 
     def _aim(self, entry: Entry) -> None:
         """Note what the chunks of a file's tensors may be built on, and which are there already as sums."""
@@ -383,7 +388,7 @@ class _Session:
             spans = formats.spans(Content(entry, RecentChunks(run.source).get).read, entry.size) or []
         except (Corrupt, Archived):
             return  # told when the chunk is copied
-        before = self._before.get(entry.path, {})
+        before = self._before.blocks(entry)
         starts = [span.offset for span in spans]
         summed = entry.parts
         for offset, (chunk, length) in chunk_offsets(entry):

@@ -1,7 +1,8 @@
-"""Write a block of a tensor as a difference from what the checkpoint before has in its place; see `sums.py`."""
+"""Write a block of a tensor as a difference from what the snapshot before has in its place; see `sums.py`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import msgspec
@@ -9,16 +10,17 @@ import numpy as np
 
 from outlast.errors import Archived, Corrupt
 from outlast.events import Event
-from outlast.records import ChunkRef, Entry, Snapshot
+from outlast.records import ChunkRef, Entry, Snapshot, path_order
 from outlast.repo import difference, form
 from outlast.repo.manifest import validated
 from outlast.repo.repository import Repository, chunk_offsets
 from outlast.repo.sums import Parts, added
 from outlast.repo.write import Prepared, Writer
 
-DIFFERENCES_MAX = 3
-"""Of the sums that are written. With more of them a series gets hardly smaller (1 % with seven) and slower to read,
-and more depends on one block."""
+DIFFERENCES_MAX = {2: 1, 4: 3, 8: 3}
+"""By the bytes of an element, of the sums that are written. With more of them a series gets hardly smaller (1 % with
+seven) and slower to read, and more depends on one block. Of narrow elements every byte has to be decoded, which takes
+twice as long for each difference."""
 GAIN_MIN = 0.05
 
 
@@ -59,16 +61,42 @@ def blocks(entry: Entry) -> dict[int, Block]:
 
 def before(repository: Repository, snapshot: Snapshot) -> dict[str, dict[int, Block]]:
     """The chunks of each file of a snapshot, by path and offset; none of those that damage keeps from being known."""
-    found: dict[str, dict[int, Block]] = {}
+    return {entry.path: blocks(entry) for entry in _files(repository, snapshot)}
+
+
+class Earlier:
+    """`before` for files that are asked for in `path_order`, so that no more than one is held in memory."""
+
+    def __init__(self, repository: Repository, snapshot: Snapshot | None) -> None:
+        self._files = _files(repository, snapshot) if snapshot else iter(())
+        self._at = next(self._files, None)
+
+    def blocks(self, entry: Entry) -> dict[int, Block]:
+        """The chunks that the file at the path of `entry` had, by the offsets of those that stand for them now.
+
+        Where it has as many chunks, they stand for each other in turn, wherever they lie: a header that grew moves all
+        that is behind it, and changes no tensor.
+        """
+        order = path_order(entry.raw_path)
+        while self._at is not None and path_order(self._at.raw_path) < order:
+            self._at = next(self._files, None)
+        if self._at is None or self._at.path != entry.path:
+            return {}
+        found = blocks(self._at)
+        if len(found) != len(entry.chunks):
+            return found
+        return {offset: block for (offset, _), block in zip(chunk_offsets(entry), found.values(), strict=True)}
+
+
+def _files(repository: Repository, snapshot: Snapshot) -> Iterator[Entry]:
     if not are_allowed(repository):
-        return found
+        return
     try:
         for _, entry in validated(repository.entries(snapshot), snapshot.id):
             if entry.type == "file":
-                found[entry.path] = blocks(entry)
+                yield entry
     except Corrupt as exc:
         repository.sink.event(Event("manifest.damaged", f"{exc.message} So new blocks are not built on all of its."))
-    return found
 
 
 def with_sums(entry: Entry, chunks: list[ChunkRef], kept: dict[str, Parts]) -> Entry:
@@ -137,7 +165,7 @@ def has(writer: Writer, block: Block) -> bool:
 
 def _may_build(before: Block, item_bytes: int) -> bool:
     fits = item_bytes in difference.ITEM_BYTES and before.parts.item_bytes in (0, item_bytes)
-    return fits and before.bytes % item_bytes == 0 and len(before.parts.ids) <= DIFFERENCES_MAX
+    return fits and before.bytes % item_bytes == 0 and len(before.parts.ids) <= DIFFERENCES_MAX[item_bytes]
 
 
 def _read(repository: Repository, block: Block) -> bytes | memoryview:

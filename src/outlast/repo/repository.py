@@ -72,6 +72,8 @@ class Repository:
         """packs that this process made durable and no entry names yet"""
         self.archived: dict[str, bool] = {}
         """packs in a storage class for archives -> whether reading it was refused, so that it isn't asked again"""
+        self.leftovers: dict[str, PackRef] = {}
+        """packs of killed sessions that new work may rely on, and lists when it commits; see `leftovers.py`"""
         self._asked_after: set[str] = set()
         """missing packs for whose sake the log was read again"""
         self.sums = Sums()
@@ -357,7 +359,7 @@ class Repository:
         return next((name for name in copies if self._is_present(name)), None)
 
     def _is_live(self, pack: str) -> bool:
-        return pack in self.state.packs or pack in self.own_packs
+        return pack in self.state.packs or pack in self.own_packs or pack in self.leftovers
 
     def _is_present(self, name: str) -> bool:
         if not self._is_live(name):
@@ -373,7 +375,7 @@ class Repository:
     def _pack_is_whole(self, name: str) -> bool:
         ref = self.state.packs.get(name)
         if ref is None:
-            return True  # made by this process, durable, not committed yet
+            return True  # durable, not committed yet
         try:
             size = self.store.stat(object_name(name)).size_bytes
         except NotFound:

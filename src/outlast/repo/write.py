@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from outlast.repo.repository import Repository
 
 PACK_WRITERS = 2
+PACK_WRITERS_AFAR = 4
+"""Where one connection rarely fills the line. Each holds a pack in memory."""
 PACK_CHUNKS_MAX = 50_000
 # Packs of a long backup are committed this often, so that one that is killed doesn't begin anew.
 COMMIT_PACKS_BYTES = 1 << 30
@@ -65,8 +67,9 @@ class Writer:
         self._open_pack: list[EncodedChunk] = []
         self._open_bytes = 0
         self._pending: set[bytes] = set()
-        self._pool = ThreadPoolExecutor(PACK_WRITERS, thread_name_prefix="pack")
-        self._slots = threading.BoundedSemaphore(PACK_WRITERS)
+        writers = PACK_WRITERS if repository.store.capabilities.memory_map else PACK_WRITERS_AFAR
+        self._pool = ThreadPoolExecutor(writers, thread_name_prefix="pack")
+        self._slots = threading.BoundedSemaphore(writers)
         self._in_flight: list[Future[BuiltPack]] = []
         self._durable: list[PackRef] = []
         self._footers: list[Footer] = []
@@ -223,8 +226,9 @@ class Writer:
             self._speed_up_next_open()
 
     def _append(self, kind: str, body: dict[str, Any], relied_on: set[str]) -> None:
-        """Commit the packs that are durable, and with them those relied on that were condemned meanwhile."""
+        """Commit the packs that are durable, and with them those relied on that are condemned, or in no entry."""
         durable = {ref.name: ref for ref in self._durable}
+        leftovers = self.repository.leftovers
 
         def whole_body(state: State) -> dict[str, Any]:
             if kind == SNAPSHOT and body["snapshot"]["id"] in state.snapshots:
@@ -233,14 +237,16 @@ class Writer:
             # then: whoever swept it may be about to delete it, so it is never rescued.
             swept = self.repository.log.swept
             gone = [name for name in durable if name in swept]
-            rescued = []
+            rescued: list[PackRef] = []
             for name in sorted(relied_on - durable.keys()):
                 if name in swept:
                     gone.append(name)
-                elif name in state.condemned:
-                    rescued.append(state.find(name))
                 elif name not in state.packs:
-                    gone.append(name)
+                    ref = None if name in state.quarantined else state.find(name) or leftovers.get(name)
+                    if ref is None:
+                        gone.append(name)
+                    else:
+                        rescued.append(ref)
             if gone:
                 raise Busy(
                     f"{len(gone)} packs that this work relied on were deleted or quarantined meanwhile; nothing was "

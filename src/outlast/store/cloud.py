@@ -125,17 +125,17 @@ class CloudStore:
             raise _translate(exc, action, name, self._url) from None
 
     def put_if_absent(self, name: str, parts: Sequence[Buffer]) -> None:
-        content = b"".join(parts)
         named = {"Storage-Class": self._pack_class} if self._pack_class and name.startswith("packs/") else None
         try:
             with self._translated("write", name):
+                # Sent as they are: to join 64 MB takes a fifth as long as to sign and send them.
                 self._api.put(
-                    self._store, check_name(name), content, attributes=named, mode="create", use_multipart=False
+                    self._store, check_name(name), list(parts), attributes=named, mode="create", use_multipart=False
                 )
         except (Exists, Unavailable) as error:
             if isinstance(error, StoreFull):
                 raise
-            self._settle(name, content, error)
+            self._settle(name, b"".join(parts), error)
 
     def _settle(self, name: str, content: bytes, error: OutlastError) -> None:
         """After a reply that proves nothing: return when our bytes are there, else raise what is true."""
