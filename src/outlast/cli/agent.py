@@ -314,5 +314,5 @@ def _tier_row(each: Standing) -> tuple[str, ...]:
     behind = ("can't be read", "", "") if lag.problem else ("nothing", "", "")
     if lag.snapshots:
         behind = (count_text(lag.snapshots, "snapshot"), size_text(lag.bytes), about(lag.seconds))
-    proven = "never" if each.proven_seconds is None else f"{about(each.proven_seconds)} ago"
-    return (each.name, f"{each.snapshots:,}", *behind, proven, f"{each.damaged:,}")
+    proven = "not all" if each.proven_seconds is None else f"{about(each.proven_seconds)} ago"
+    return (each.name, f"{each.snapshots:,}", *behind, proven if each.snapshots else "", f"{each.damaged:,}")
