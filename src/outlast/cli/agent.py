@@ -114,7 +114,8 @@ def agent(call: Call, config: str | None, once: bool) -> int:
 
     It keeps nothing: what is due follows from the logs of the tiers. It may be killed at any time, moved to another
     machine, or run several times at once; a lease in each tier keeps two from doing the same work. What it does, and
-    why, is told line by line; `outlast plan` tells it beforehand. With --once exit code 3 says that something failed.
+    why, is told line by line; `outlast plan` tells it beforehand. outlast.yaml is read once, at the start. With
+    --once exit code 3 says that something failed.
     """
     from outlast.agent import once as do_once
     from outlast.tiers.jobs import jobs
@@ -235,7 +236,7 @@ def _plan_lines(made: Plan, tasks: list[Task], now_ns: int) -> Iterator[str]:
         rows = (
             (
                 "now" if task.due_ns <= now_ns else f"in {about((task.due_ns - now_ns) / 1e9)}",
-                f"{'full ' if task.full else ''}{task.kind}",
+                f"{'full ' if task.full and task.kind == 'backup' else ''}{task.kind}",
                 printable(task.name) or count_text(len(task.snapshots), "snapshot"),
                 f"{task.origin} -> {task.tier}" if task.origin else task.tier,
                 size_text(task.bytes) if task.bytes else "",
@@ -253,9 +254,10 @@ def _plan_lines(made: Plan, tasks: list[Task], now_ns: int) -> Iterator[str]:
 @click.command(cls=Command, codes=())
 @CONFIG
 def status(call: Call, config: str | None) -> int:
-    """Show for each source and run the last backup and the last proof, and how far each tier is behind.
+    """Show for each source and run the last backup and the last drill, and how far each tier is behind.
 
-    Exit code 1 says that an objective is missed: each is named below the tables.
+    RPO and RTO are what outlast.yaml tolerates, TOOK is what the last drill took, PROVEN when the newest snapshots were
+    last read whole. Exit code 1 says that an objective is missed: each is named below the tables.
     """
     import msgspec
 
@@ -269,7 +271,7 @@ def status(call: Call, config: str | None) -> int:
 
 def _status_lines(found: Status) -> Iterator[str]:
     yield from table(
-        ("NAME", "KIND", "SNAPSHOTS", "LAST BACKUP", "RPO", "LAST PROOF", "LEVEL", "FROM", "RTO", "TOLERATED"),
+        ("NAME", "KIND", "SNAPSHOTS", "LAST BACKUP", "RPO", "LAST DRILL", "LEVEL", "FROM", "TOOK", "RTO"),
         (_name_row(each) for each in found.names),
         right="SNAPSHOTS",
     )
@@ -314,8 +316,8 @@ def _tier_row(each: Standing) -> tuple[str, ...]:
     from outlast.tiers.status import about
 
     lag = each.lag
-    behind = ("not reachable", "", "") if lag.problem else ("nothing", "", "")
+    behind = ("can't be read", "", "") if lag.problem else ("nothing", "", "")
     if lag.snapshots:
         behind = (count_text(lag.snapshots, "snapshot"), size_text(lag.bytes), about(lag.seconds))
-    proven = "never" if each.proven_seconds is None else f"{about(each.proven_seconds)} ago"
-    return (each.name, f"{each.snapshots:,}", *behind, proven, f"{each.damaged:,}")
+    proven = "not all" if each.proven_seconds is None else f"{about(each.proven_seconds)} ago"
+    return (each.name, f"{each.snapshots:,}", *behind, proven if each.snapshots else "", f"{each.damaged:,}")

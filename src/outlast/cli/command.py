@@ -104,7 +104,7 @@ class Call:
         if not url:
             raise InvalidInput(
                 "no repository was named; nothing was touched.",
-                hint="Give --repo URL, or set OUTLAST_REPO. `outlast init` makes a new one.",
+                hint="Give --repo URL, or set OUTLAST_REPO; of a tier give its url. `outlast init` makes a new one.",
             )
         if url.lower().startswith("memory:"):
             raise InvalidInput(

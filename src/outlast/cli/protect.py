@@ -120,7 +120,7 @@ def _init_tiers(
         except NoRepository:
             Repository.create(store, secret=secret, compression=compression, lock_days=lock_days, sink=call.printer)
             made.append(tier.name)
-    lines = [f"Made {count_text(len(made), 'tier')}: {', '.join(made) or 'none'}."]
+    lines = [f"Made {count_text(len(made), 'tier')}: {', '.join(made)}." if made else "Made no tier."]
     if there:
         lines.append(f"There already: {', '.join(there)}.")
     call.printer.result({"made": made, "there": there}, lines)

@@ -308,10 +308,10 @@ def _drops(facts: Facts) -> Iterator[Task]:
             if not unproven:
                 go.append(known)
         if go:
-            why = f"{tier.name} keeps them no more, and {_copies_text(facts.policy.copies)}"
+            why = "retention is over, and copies are proven where they stay"
             drops.append(_task("drop", _next_day_ns(facts, number, go), why, tier.name, go))
     for tier_name, found in wanted.items():
-        why = "copies elsewhere are dropped once these are proven"
+        why = "before copies elsewhere are dropped"
         yield _task("prove", proofs_ns[tier_name], why, tier_name, found.values())
     yield from drops
 
@@ -408,10 +408,6 @@ def _ns_or_zero(text: str) -> int:
         return time_ns(text)
     except ValueError:
         return 0
-
-
-def _copies_text(copies: int) -> str:
-    return "one proven copy is elsewhere" if copies == 1 else f"{copies} proven copies are elsewhere, or no tier does"
 
 
 def span(seconds: float) -> str:

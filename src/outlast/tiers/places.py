@@ -60,7 +60,9 @@ class Places:
             if isinstance(exc, NotFound):
                 return Held(problem=f"there is no repository at {self.tier(tier).url} any more.")
             hint = (
-                " Make it with `outlast init`, unless a disk is not mounted." if isinstance(exc, NoRepository) else ""
+                " Mount the disk; where it is new or lost, `outlast init --config FILE` makes one."
+                if isinstance(exc, NoRepository)
+                else ""
             )
             return Held(problem=exc.message + hint)
         state = repository.state
