@@ -74,7 +74,7 @@ def _copy(task: Task, places: Places, repository: Repository) -> Done:
         stored += report.bytes_stored
         hurt = [each.snapshot for each in report.failed if each.snapshot in origin.state.snapshots]
         problems += [f"snapshot {each.snapshot[:8]} of {each.name}: {each.problem}" for each in report.failed]
-        if hurt:
+        if hurt and not places.tier(task.origin).archive_class:  # else it may lie in archived packs, and be whole
             _note_hurt(origin, hurt)
     text = f"copied {_count(copied)} from {task.origin}, {stored:,} bytes written"
     return Done(task, text, tuple(problems), tuple(copied), stored)
