@@ -64,7 +64,9 @@ class ArchivedPart:
         """Ask the store, once the plan is made. A restore that thaws asks by itself."""
         from outlast.repo.thaw import look
 
-        if self._needed is not None and (self._dry_run or self._tier is None):
+        if self._needed is None or (self._holder is not self._repository and not self._needed.packs):
+            return
+        if self._dry_run or self._tier is None:
             self._found = look(self._repository, self._needed, self._prices, at_all=self._tier is not None)
 
     @property
