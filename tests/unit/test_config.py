@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,6 +19,7 @@ from outlast.config import show, values
 from outlast.config.document import FILE_BYTES_MAX
 from outlast.config.fields import TABLES, TOP, Field, Section
 from outlast.errors import NotFound
+from outlast.repo.thaw_plan import Prices, Thaw
 from outlast.tiers.policy import DrillPolicy, Policy, Source, Tier
 
 HOUR, DAY = 3600, 86400
@@ -44,10 +46,13 @@ storage_tiers:
     sync: {mode: sync, batch_size: 4}
   cold: &cold
     url: s3://${BUCKET}/outlast/
+    storage_class: GLACIER_IR
+    archive: {class: DEEP_ARCHIVE, after: 90 days}
     sync: {bandwidth: 50 MB/s}
   colder:
     <<: *cold
-    url: gs://other
+    url: s3://other
+    archive: {class: GLACIER}
 sources:
   models:
     paths: [models, ~/more]
@@ -68,6 +73,15 @@ policies:
   sync: {interval: 30 min, bandwidth: 400 Mbit/s}
   drill: {every: 1 day}
   runs: {drill: {level: L1}}
+  prices:
+    currency: EUR
+    egress_per_gb: 0.09
+    STANDARD: {per_gb_month: 0.02}
+    DEEP_ARCHIVE:
+      per_gb_month: 0.00099
+      per_1000_moves: 0.06
+      standard: {hours: 12, per_gb: 0.02, per_1000_requests: 0.1}
+      bulk: {hours: 48.5, per_gb: 0, per_1000_requests: 0.025}
 """
 
 
@@ -112,11 +126,12 @@ def test_every_key_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home-of-somebody")
     policy = load(WITH_EVERYTHING, BUCKET="team").policy
     half_hour, rate = 1800, 50e6
+    far: Any = ("object_storage", None, "", "async", half_hour, 16, rate)
     assert policy == Policy(
         (
             Tier("hot", "/tiers/hot", "nvme_ssd", 7 * DAY, "what is trained: now", "sync", half_hour, 4, rate),
-            Tier("cold", "s3://team/outlast", "object_storage", None, "", "async", half_hour, 16, rate),
-            Tier("colder", "gs://other", "object_storage", None, "", "async", half_hour, 16, rate),
+            Tier("cold", "s3://team/outlast", *far, "GLACIER_IR", "DEEP_ARCHIVE", 90 * DAY),
+            Tier("colder", "s3://other", *far, "GLACIER_IR", "GLACIER", 30 * DAY),
         ),
         (
             Source(
@@ -130,6 +145,13 @@ def test_every_key_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         verified_within_seconds=14 * DAY,
         run_drill=DrillPolicy(DAY, 1),
         lease_seconds=90,
+        prices=Prices(
+            "EUR",
+            {"DEEP_ARCHIVE": {"standard": Thaw(12, 0.02, 0.1), "bulk": Thaw(48.5, 0, 0.025)}},
+            {"STANDARD": 0.02, "DEEP_ARCHIVE": 0.00099},
+            {"DEEP_ARCHIVE": 0.06},
+            0.09,
+        ),
     )
 
 
@@ -154,9 +176,17 @@ def test_what_is_shown_tells_where_values_come_from() -> None:
     assert "      batch_size: 16  # default" in shown
     assert "      batch_size: 4" in shown
     assert "    # rto: none" in shown
+    assert shown[shown.index("  prices:") :] == [
+        *("  prices:", "    currency: EUR", "    egress_per_gb: 0.09"),
+        *("    STANDARD:", "      per_gb_month: 0.02"),
+        *("    DEEP_ARCHIVE:", "      per_gb_month: 0.00099", "      per_1000_moves: 0.06"),
+        *("      standard:", "        hours: 12", "        per_gb: 0.02", "        per_1000_requests: 0.1"),
+        *("      bulk:", "        hours: 48.5", "        per_gb: 0", "        per_1000_requests: 0.025"),
+    ]
     assert "    # full: 3 days  # stage final" not in shown
     plain = list(show.lines(load(AS_PRACTITIONERS_WRITE_IT)))
     assert "    # full: 1 day  # stage middle; critical: intervals x0.5, retention x2" in plain
+    assert not any("prices" in line or "archive" in line for line in plain), "only where they were given"
 
 
 @given(st.text(st.characters(exclude_categories=["C", "Z"]) | st.just(" "), min_size=1))
@@ -195,6 +225,15 @@ def source(text: str) -> str:
     return f"{ONE_TIER}sources:\n  models:\n    paths: [m]\n    {text}\n"
 
 
+def far(text: str) -> str:
+    return f"storage_tiers:\n  hot: {{url: ./hot, retention: 9 days}}\n  far:\n    url: s3://b/x\n    {text}\n"
+
+
+def prices(text: str) -> str:
+    return f"{ONE_TIER}policies:\n  prices:\n    {text}\n"
+
+
+FAR, PRICES = ":5: storage_tiers.far", ":4: policies.prices"
 HOT, MODELS = ":4: storage_tiers.hot", ":5: sources.models"
 CREDENTIALS = (
     "may hold nothing but bucket and prefix, and no key or password; "
@@ -204,7 +243,7 @@ MISTAKES = {
     tier("retension: 7 days"): f"{HOT}.retension: unknown key; did you mean `retention`?",
     tier("Retention: 7 days"): f"{HOT}.Retention: unknown key; did you mean `retention`?",
     tier("interval: 7 days"): f"{HOT}.interval: unknown key; it belongs into storage_tiers.NAME.sync",
-    tier("zz: 1"): f"{HOT}.zz: unknown key; known are type, url, retention, purpose, sync",
+    tier("zz: 1"): f"{HOT}.zz: unknown key; known are type, url, retention, purpose, storage_class, archive, sync",
     tier("retention: 7"): f"{HOT}.retention: `7` has no unit; write `7 days` or `7 h`",
     tier("retention: 12:30"): f"{HOT}.retention: `12:30` is no duration; write `12 h 30 min`",
     tier("retention: 5m"): f"{HOT}.retention: `m` could be minutes or months; write `5 min` or `5 months`",
@@ -264,6 +303,32 @@ MISTAKES = {
     "policies: {copies: 1}": ":1: storage_tiers: is missing; name the repositories there, the nearest first",
     ONE_TIER + "policies: {lease: 3 s}": ":2: policies.lease: is shorter than a slow answer of a bucket; "
     "write at least 10 s",
+    tier("storage_class: GLACIER_IR"): f"{HOT}.storage_class: is for buckets of S3 (s3://…) alone; leave it out",
+    tier("archive: {class: GLACIER}"): f"{HOT}.archive: is for buckets of S3 (s3://…) alone; leave it out",
+    far("storage_class: GLACIR_IR"): f"{FAR}.storage_class: `GLACIR_IR` is unknown; did you mean `GLACIER_IR`?",
+    far("storage_class: glacier_ir"): f"{FAR}.storage_class: `glacier_ir` is unknown; did you mean `GLACIER_IR`?",
+    far("storage_class: DEEP_ARCHIVE"): f"{FAR}.storage_class: `DEEP_ARCHIVE` has to be thawed before it is read; "
+    "write `archive: {class: DEEP_ARCHIVE}`",
+    far("storage_class: STANDARD"): f"{FAR}.storage_class: `STANDARD` is where packs are created without it; "
+    "leave it out",
+    far("archive: {class: DEEP}"): f"{FAR}.archive.class: `DEEP` is unknown; known are GLACIER, DEEP_ARCHIVE",
+    far("archive: {class: GLACIER_IR}"): f"{FAR}.archive.class: `GLACIER_IR` is read at once, and is no archive; "
+    "write `storage_class: GLACIER_IR` in the tier",
+    far("archive: {after: 3 days}"): f"{FAR}.archive.class: is missing; write GLACIER or DEEP_ARCHIVE",
+    far("archive: DEEP_ARCHIVE"): f"{FAR}.archive: takes keys and values; "
+    "write `key: value` in lines that are indented below it",
+    far("after: 3 days"): f"{FAR}.after: unknown key; it belongs into storage_tiers.NAME.archive",
+    "storage_tiers: {far: {url: 's3://b', archive: {class: GLACIER}}}": ":1: storage_tiers.far.archive: "
+    "can't be said of the first tier, to which backups go; put one before it that is read at once",
+    prices("currency: euro"): f"{PRICES}.currency: `euro` is no currency; write its three letters, as EUR",
+    prices("egress_per_gb: free"): f"{PRICES}.egress_per_gb: `free` is no amount; write a number, as `0.09`",
+    prices("glacier: {per_gb_month: 1}"): f"{PRICES}.glacier: unknown key; did you mean `GLACIER`?",
+    prices("GLACIER: {per_gb_month: -1}"): f"{PRICES}.GLACIER.per_gb_month: `-1` is no amount; "
+    "write a number, as `0.09`",
+    prices("GLACIER: {bulk: {hours: 5, per_gb: 0}}"): f"{PRICES}.GLACIER.bulk.per_1000_requests: is missing; "
+    "add `per_1000_requests`: of thawing: one for each pack",
+    prices("STANDARD_IA: {bulk: {hours: 5, per_gb: 0, per_1000_requests: 0}}"): f"{PRICES}.STANDARD_IA.bulk: "
+    "is never needed: STANDARD_IA is read at once; leave it out",
     "polices: {}\n" + ONE_TIER: ":1: polices: unknown key; did you mean `policies`?",
     "- 1": ":1: takes keys and values; write `key: value` in lines that are indented below it",
     "": ":1: is empty; begin with `storage_tiers:`",
@@ -330,6 +395,8 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_lines() -> None:
 WARNINGS = {
     "storage_tiers:\n  a: {url: a, retention: 9 days}\n  b: {url: b, retention: 8 days}": ":3: storage_tiers.b."
     "retention: is shorter than that of a, which is nearer; is the order of the tiers right?",
+    far("archive: {class: GLACIER}\n    retention: 30 days"): f"{FAR}.archive.after: "
+    "is not shorter than the retention: hardly anything is ever archived; write less, or leave archive out",
     "storage_tiers: {a: {url: 's3://b', type: ssd}}": ":1: storage_tiers.a.type: says ssd, and the url is a bucket; "
     "write object_storage, or leave it out",
     f"{ONE_TIER}policies: {{copies: 1}}": ":2: policies.copies: asks for 1 other tiers, and there are none; "
@@ -435,8 +502,10 @@ def test_each_key_sets_one_part_of_the_policy_and_none_is_left_out() -> None:
     set_elsewhere = {
         Tier: {"name"},
         Source: {"name", "drill"},
-        Policy: {"tiers", "sources", "run_drill"},
+        Policy: {"tiers", "sources", "run_drill", "prices"},
         DrillPolicy: set(),
+        Prices: {"thaw", "per_gb_month", "per_1000_moves"},
+        Thaw: set(),
     }
     keys: dict[type[msgspec.Struct], set[str]] = {record: set(names) for record, names in set_elsewhere.items()}
     for section in {**TABLES, **TOP}.values():
@@ -458,7 +527,8 @@ def rows() -> Iterator[str]:
     for where, section in TABLES.items():
         for field in section.fields:
             key = f"{where}.{field.key}"
-            if key not in TABLES:
+            is_of_any = f"{where}.{'WAY' if where.endswith('CLASS') else 'CLASS'}" in TABLES
+            if key not in TABLES and not (is_of_any and isinstance(field.kind, Section)):
                 yield f"| `{key}` | {takes(field)} | {default_of(field, section)} | {field.meaning} |"
 
 
@@ -471,7 +541,7 @@ def takes(field: Field) -> str:
 
 def default_of(field: Field, section: Section) -> str:
     if isinstance(field.kind, Section) or section.record is None:
-        return ""
+        return field.unset
     if field.key == "type":
         return "`object_storage` for a bucket, else `ssd`"
     default = field.default(section.record)

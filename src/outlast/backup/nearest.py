@@ -15,7 +15,7 @@ from threading import Lock
 
 import msgspec
 
-from outlast.errors import Corrupt, InvalidInput, NotFound, OutlastError, Unavailable
+from outlast.errors import Archived, Corrupt, InvalidInput, NotFound, OutlastError, Unavailable
 from outlast.events import Event
 from outlast.records import Entry, Snapshot
 from outlast.repo import deltas, seal
@@ -230,13 +230,22 @@ class Nearest:
 
     def where(self, chunk: bytes) -> str:
         """The place that is the first to be asked for a chunk; "" where no index tells of it."""
+        found = self._first(chunk)
+        return found[0].where if found else ""
+
+    def called_in(self, repository: Repository, chunk: bytes) -> bytes | None:
+        """What a chunk is called in a repository, if that is the first to be asked for it."""
+        found = self._first(chunk)
+        return found[1] if found and found[0].repository is repository else None
+
+    def _first(self, chunk: bytes) -> tuple[_Place, bytes] | None:
         for place in self._places:
-            if place.problem is None and self._known(place, [chunk], self._lead):
-                return place.where
-        return ""
+            if place.problem is None and (known := self._known(place, [chunk], self._lead)):
+                return place, next(iter(known))
+        return None
 
     def get_chunk(self, chunk: bytes) -> Plain:
-        """The verified plain bytes. Raises `Corrupt`, or `Unavailable`, where no place has them whole."""
+        """The verified plain bytes. Raises `Corrupt`, `Archived` or `Unavailable` where no place has them whole."""
         plain, place = self._get(chunk, self._lead)
         place.read.bytes += len(plain)
         place.read.chunks += 1
@@ -371,8 +380,12 @@ def _until(entries: Iterator[Entry], failures: list[OutlastError]) -> Iterator[E
 
 
 def _nowhere(chunk: bytes, reasons: list[tuple[str, OutlastError]]) -> OutlastError:
-    """With what each place says. To be tried again, if one of them is only out of reach."""
-    kind = Unavailable if any(error.retryable for _, error in reasons) else Corrupt
+    """With what each place says. To be tried again, if one of them is only out of reach; or once it was thawed."""
+    kind: type[OutlastError] = Corrupt
+    if any(error.retryable for _, error in reasons):
+        kind = Unavailable
+    elif any(isinstance(error, Archived) for _, error in reasons):
+        kind = Archived
     told = " ".join(f"{where}: {error.message}" for where, error in reasons)
     hint = next((error.hint for _, error in reasons if error.hint), "")
     return kind(f"no place has chunk {chunk.hex()[:16]} whole. {told}", hint=hint)

@@ -73,14 +73,13 @@ def tier_of(call: Call, policy: Policy, tier: str | None, reference: str, name: 
     raise failure
 
 
-def tiers(call: Call, config: str | None) -> list[Repository]:
+def tiers(call: Call, policy: Policy) -> dict[str, Repository]:
     """Those that can be opened, nearest first; the others are told. Raises what the first said where there is none."""
-    policy = load(call, config).policy
     every = places(call, policy)
-    found, failures = [], []
+    found, failures = {}, []
     for tier in policy.tiers:
         try:
-            found.append(every.repository(tier.name))
+            found[tier.name] = every.repository(tier.name)
         except OutlastError as exc:
             failures.append(exc)
             call.warnings.append(f"{tier.name} is left out: {exc.message}")

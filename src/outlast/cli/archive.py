@@ -10,7 +10,7 @@ import click
 from outlast.cli.command import PARTLY_DONE, Call, Command
 from outlast.cli.protect import name_option, snapshot_argument
 from outlast.cli.text import count_text, duration_text, printable, short_id, size_text, span_seconds
-from outlast.cli.thawing import TIERS, money, started_lines, thaw_document, thaw_lines
+from outlast.cli.thawing import PRICES, TIERS, money, prices_of, started_lines, thaw_document, thaw_lines
 
 if TYPE_CHECKING:
     from outlast.repo.archive import ArchiveReport
@@ -24,7 +24,8 @@ _CODES = (10, 12, 20, 21)
 @click.option("--class", "storage_class", required=True, metavar="CLASS", help="STANDARD_IA, GLACIER, DEEP_ARCHIVE, …")
 @click.option("--older-than", metavar="SPAN", help="Only packs that were written so long ago, as 30d.")
 @click.option("--dry-run", is_flag=True, help="Show what would be moved, and move nothing.")
-def archive(call: Call, storage_class: str, older_than: str | None, dry_run: bool) -> int:
+@PRICES
+def archive(call: Call, storage_class: str, older_than: str | None, dry_run: bool, config: str | None) -> int:
     """Move verified packs of a repository on S3 to a cheaper storage class.
 
     What tells of snapshots and of the content of packs stays: log, keys, index, lists of files, footers.
@@ -33,12 +34,12 @@ def archive(call: Call, storage_class: str, older_than: str | None, dry_run: boo
 
     from outlast.repo import archive as moving
     from outlast.repo.archive_plan import ArchivePolicy
-    from outlast.repo.thaw_plan import Prices
 
+    prices = prices_of(call, config)
     seconds = span_seconds("--older-than", older_than) if older_than else 0
     repository = call.repository()
     planned = moving.plan(repository, ArchivePolicy(storage_class.upper(), seconds))
-    document = _archive_document(planned, Prices())
+    document = _archive_document(planned, prices)
     if dry_run:
         call.result({"dry_run": True, **document}, _archive_lines(planned, document), always=True)
         return 0
@@ -101,23 +102,24 @@ def _moved_lines(planned: ArchivePlan, report: ArchiveReport) -> Iterator[str]:
 @name_option
 @click.option("--tier", type=TIERS, default="standard", show_default=True, help="How fast, and how dear.")
 @click.option("--dry-run", is_flag=True, help="Show what would be thawed, how long it takes and what it costs.")
-def thaw(call: Call, snapshot: str, name: str | None, tier: str, dry_run: bool) -> None:
+@PRICES
+def thaw(call: Call, snapshot: str, name: str | None, tier: str, dry_run: bool, config: str | None) -> None:
     """Thaw the archived packs that a snapshot needs, for a restore, a copy or a check.
 
     Asking again for what is thawing changes nothing. What has thawed can be read for seven days.
     """
     from outlast.repo import thaw as thawing
-    from outlast.repo.thaw_plan import Prices
 
+    prices = prices_of(call, config)
     repository = call.readable_repository()
     chosen = call.snapshot(repository, snapshot, name)
-    found = thawing.look(repository, thawing.Needed.by(repository, chosen), Prices())
+    found = thawing.look(repository, thawing.Needed.by(repository, chosen), prices)
     way = cast("Tier", tier)
     if not dry_run:
         thawing.start(repository, found, way)
     document = {"dry_run": dry_run, "snapshot": chosen.id, "thaw": thaw_document(found)}
     if not dry_run:
-        document["hours"] = found.hours_left(way, Prices())
+        document["hours"] = found.hours_left(way, prices)
     heading = f"Snapshot {short_id(chosen.id)} of {printable(chosen.name)}:"
-    lines = [heading, *thaw_lines(found), *([] if dry_run else started_lines(found, way, Prices()))]
+    lines = [heading, *thaw_lines(found), *([] if dry_run else started_lines(found, way, prices))]
     call.result(document, lines, always=dry_run)

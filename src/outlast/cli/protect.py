@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import click
 
-from outlast.cli.agent import CONFIG, is_by_config, tiers
+from outlast.cli.agent import CONFIG, is_by_config, load, tiers
 from outlast.cli.command import CORRUPT, PARTLY_DONE, Argument, Call, Command
 from outlast.cli.passphrase import VARIABLE, Secret, is_given, new_secret
 from outlast.cli.text import (
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from outlast.backup.restore_plan import Action, RestorePlan
     from outlast.records import Snapshot
     from outlast.repo.repository import Repository
+    from outlast.repo.thaw_plan import Prices
 
 _FILES_SHOWN = 10
 
@@ -104,7 +105,6 @@ def init(call: Call, encrypt: bool, compression: str, lock_days: int | None, con
 def _init_tiers(
     call: Call, config: str, compression: Literal["auto", "none", "zstd"], secret: Secret | None, lock_days: int
 ) -> None:
-    from outlast.cli.agent import load
     from outlast.errors import NoRepository
     from outlast.repo.repository import Repository
     from outlast.store.layers import open_store
@@ -282,11 +282,11 @@ def restore(
     """Bring a snapshot back, every chunk verified. The target changes at one instant, at the end.
 
     With --also each chunk comes from the first repository that has it whole, beginning with --repo. Where no
-    repository is named the tiers of outlast.yaml are meant, in their order.
+    repository is named the tiers of outlast.yaml are meant, in their order, archived ones last; with --thaw the
+    archived one alone.
     """
     import msgspec
 
-    from outlast.backup.nearest import Nearest
     from outlast.backup.restore import execute, plan
     from outlast.backup.tensors import restore_tensors
     from outlast.backup.thawed import Thawing
@@ -297,18 +297,14 @@ def restore(
         raise InvalidInput(f"{option} does not go with --tensor; nothing was done.", hint=hint)
     if wait and not thaw:
         raise InvalidInput("--wait goes with --thaw alone; nothing was done.", hint="Add --thaw standard.")
-    repository, chosen = _holder(call, snapshot, name, also, config)
-    several = isinstance(repository, Nearest)
-    if thaw and several:
-        hint = "Name the one whose packs are archived: --repo URL."
-        raise InvalidInput("--thaw goes with one repository alone; nothing was done.", hint=hint)
+    repository, chosen, frozen, prices = _origin(call, snapshot, name, also, config, thaw=bool(thaw))
     target = os.fsencode(to)
     if tensor:
         report = restore_tensors(repository, chosen, tensor, target, include=include, overwrite=overwrite)
     else:
         actions: list[Action] = []
         note = actions.append if dry_run else None
-        archived = None if several else ArchivedPart(cast("Repository", repository), thaw, dry_run=dry_run)
+        archived = ArchivedPart(repository, frozen, thaw, prices, dry_run=dry_run) if frozen else None
         need = archived.need if archived else None
         planned = plan(repository, chosen, target, include=include, overwrite=overwrite, note=note, need=need)
         if archived:
@@ -333,20 +329,60 @@ def restore(
     return PARTLY_DONE if report.skipped else 0
 
 
-def _holder(
-    call: Call, reference: str, name: str | None, also: Sequence[str], config: str | None
-) -> tuple[Holder, Snapshot]:
-    """What to restore from, and which snapshot of it."""
-    by_config = is_by_config(call, config)
-    if not also and not by_config:
+class _Origin(NamedTuple):
+    """What to restore from, and which snapshot of it. `frozen`: the repository whose packs may be archived."""
+
+    holder: Holder
+    snapshot: Snapshot
+    frozen: Repository | None
+    prices: Prices
+
+
+def _origin(
+    call: Call, reference: str, name: str | None, also: Sequence[str], config: str | None, *, thaw: bool
+) -> _Origin:
+    from outlast.backup.nearest import Nearest
+    from outlast.repo.naming import Together
+    from outlast.repo.thaw_plan import Prices
+
+    if is_by_config(call, config):
+        return _origin_by_config(call, reference, name, config, thaw=thaw)
+    if not also:
         repository = call.readable_repository()
-        return repository, call.snapshot(repository, reference, name)
+        return _Origin(repository, call.snapshot(repository, reference, name), repository, Prices())
+    if thaw:
+        hint = "Name the one whose packs are archived: --repo URL."
+        raise InvalidInput("--thaw goes with one repository alone; nothing was done.", hint=hint)
+    repositories = call.readable_repositories(also)
+    nearest = Nearest(repositories, call.snapshot(Together(repositories), reference, name).id)
+    return _Origin(nearest, nearest.snapshot, None, Prices())
+
+
+def _origin_by_config(call: Call, reference: str, name: str | None, config: str | None, *, thaw: bool) -> _Origin:
+    """All tiers, and of those that are archived only what no other has; with `thaw` the archived one alone."""
     from outlast.backup.nearest import Nearest
     from outlast.repo.naming import Together
 
-    repositories = tiers(call, config) if by_config else call.readable_repositories(also)
-    nearest = Nearest(repositories, call.snapshot(Together(repositories), reference, name).id)
-    return nearest, nearest.snapshot
+    policy = load(call, config).policy
+    archived = [tier for tier in policy.tiers if tier.archive_class]
+    if thaw and len(archived) != 1:
+        which = f"{' and '.join(each.name for each in archived)} are" if archived else "no tier of the configuration is"
+        hint = "Name the one whose packs are archived: `outlast --repo URL restore ... --thaw standard`."
+        raise InvalidInput(f"{which} archived; nothing was done.", hint=hint)
+    opened = tiers(call, policy)
+    last = {tier.name for tier in archived}
+    repositories = [opened[each] for each in sorted(opened, key=last.__contains__)]
+    chosen = call.snapshot(Together(repositories), reference, name)
+    frozen = opened.get(archived[0].name) if len(archived) == 1 else None
+    if not thaw:
+        nearest = Nearest(repositories, chosen.id)
+        return _Origin(nearest, nearest.snapshot, frozen, policy.prices)
+    held = frozen.state.snapshots.get(chosen.id) if frozen else None
+    if frozen is None or held is None:
+        where = f"{archived[0].name}, the tier that is archived"
+        hint = "Leave --thaw out: another tier has it."
+        raise NotFound(f"snapshot {short_id(chosen.id)} is not in {where}; nothing was done.", hint=hint)
+    return _Origin(frozen, held, frozen, policy.prices)
 
 
 def _unfit(globs: Sequence[str], plan: RestorePlan, repository: Holder) -> list[str]:

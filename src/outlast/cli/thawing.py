@@ -11,6 +11,7 @@ from outlast.cli.command import PARTLY_DONE, Call
 from outlast.cli.text import count_text, duration_text, size_text, table, time_text
 
 if TYPE_CHECKING:
+    from outlast.backup.nearest import Holder, Nearest
     from outlast.backup.restore import RestoreReport
     from outlast.backup.restore_plan import RestorePlan
     from outlast.backup.thawed import Thawing
@@ -18,18 +19,31 @@ if TYPE_CHECKING:
     from outlast.repo.thaw_plan import Prices, ThawPlan, Tier
 
 TIERS = click.Choice(["expedited", "standard", "bulk"])
+PRICES = click.option("--config", metavar="FILE", help="A configuration whose prices count, instead of those of AWS.")
+
+
+def prices_of(call: Call, config: str | None) -> Prices:
+    """Those of a configuration, where one is named."""
+    from outlast.cli.agent import load
+    from outlast.repo.thaw_plan import Prices
+
+    return Prices() if config is None else load(call, config).policy.prices
 
 
 class ArchivedPart:
-    """What a restore needs of archived packs: told of by a dry run, refused, or thawed where a `tier` is given."""
+    """What a restore needs of archived packs: told of by a dry run, refused, or thawed where a `tier` is given.
 
-    def __init__(self, repository: Repository, tier: str | None, *, dry_run: bool) -> None:
+    Only what has to come from `repository`, where that is one of several.
+    """
+
+    def __init__(
+        self, holder: Holder, repository: Repository, tier: str | None, prices: Prices, *, dry_run: bool
+    ) -> None:
         from outlast.repo import thaw
-        from outlast.repo.thaw_plan import Prices
 
-        self._repository = repository
+        self._holder, self._repository = holder, repository
         self._tier = cast("Tier | None", tier)
-        self._prices = Prices()
+        self._prices = prices
         self._dry_run = dry_run
         self._needed = thaw.Needed(repository) if tier or thaw.may_be_archived(repository) else None
         self._found: ThawPlan | None = None
@@ -37,13 +51,22 @@ class ArchivedPart:
     @property
     def need(self) -> Callable[[bytes], object] | None:
         """To be told each chunk that is to be fetched."""
-        return self._needed.add if self._needed else None
+        if self._needed is None or self._holder is self._repository:
+            return self._needed.add if self._needed else None
+        return self._need_of_several
+
+    def _need_of_several(self, chunk: bytes) -> None:
+        found = cast("Nearest", self._holder).called_in(self._repository, chunk)
+        if found is not None and self._needed is not None:
+            self._needed.add(found)
 
     def look(self) -> None:
         """Ask the store, once the plan is made. A restore that thaws asks by itself."""
         from outlast.repo.thaw import look
 
-        if self._needed is not None and (self._dry_run or self._tier is None):
+        if self._needed is None or (self._holder is not self._repository and not self._needed.packs):
+            return
+        if self._dry_run or self._tier is None:
             self._found = look(self._repository, self._needed, self._prices, at_all=self._tier is not None)
 
     @property

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from outlast.config.decode import OFF, Reader, Values
-from outlast.config.fields import DRILL, POLICIES, SOURCE, SYNC, TIER, Section
+from outlast.config.fields import ARCHIVE, CLASSES, DRILL, POLICIES, PRICES, SOURCE, SYNC, THAW, TIER, Section
 from outlast.config.values import BUCKETS
+from outlast.repo.thaw_plan import TIERS as WAYS
+from outlast.repo.thaw_plan import Prices, Thaw
 from outlast.tiers.policy import DrillPolicy, Policy, Source, Tier
 
 DEFAULT = "default"
@@ -38,7 +40,7 @@ class _Builder:
         sources = [self._source(name, values) for name, values in self._top.get("sources", {}).items()]
         run_drill = self._drill(self._shared.get("runs", {}).get("drill"), "policies.runs.drill")
         values = self._plain(POLICIES, self._shared, "policies")
-        policy = Policy(tuple(tiers), tuple(sources), run_drill=run_drill, **values)
+        policy = Policy(tuple(tiers), tuple(sources), run_drill=run_drill, prices=self._prices(), **values)
         return Built(policy, self._origins)
 
     def _tier(self, name: str, values: Values) -> Tier:
@@ -47,7 +49,8 @@ class _Builder:
         if "type" not in values and found["url"].startswith(tuple(f"{each}://" for each in BUCKETS)):
             found["type"] = "object_storage"
         sync = self._plain(SYNC, values.get("sync", {}), f"{where}.sync", self._shared.get("sync", {}), "policies.sync")
-        return Tier(name, **found, **sync)
+        archive = self._plain(ARCHIVE, values.get("archive", {}), f"{where}.archive")
+        return Tier(name, **found, **sync, **archive)
 
     def _source(self, name: str, values: Values) -> Source:
         where = f"sources.{name}"
@@ -62,6 +65,23 @@ class _Builder:
             self._origins[where] = "policies.drill"
             return None
         return DrillPolicy(**self._plain(DRILL, given or {}, where, {} if shared == OFF else shared, "policies.drill"))
+
+    def _prices(self) -> Prices:
+        where = "policies.prices"
+        given = self._shared.get("prices", {})
+        of_class = {each: given[each] for each in CLASSES if each in given}
+        thaw = {
+            each: {
+                way: Thaw(**self._plain(THAW, values[way], f"{where}.{each}.{way}")) for way in WAYS if way in values
+            }
+            for each, values in of_class.items()
+        }
+        kept, moved = (
+            {each: values[key] for each, values in of_class.items() if key in values}
+            for key in ("per_gb_month", "per_1000_moves")
+        )
+        ways = {each: found for each, found in thaw.items() if found}
+        return Prices(thaw=ways, per_gb_month=kept, per_1000_moves=moved, **self._plain(PRICES, given, where))
 
     def _plain(
         self, section: Section, values: Values, where: str, shared: Values | None = None, origin: str = ""

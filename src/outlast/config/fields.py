@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 import msgspec
 
 from outlast.config.values import (
+    AMOUNT,
+    ARCHIVE_CLASS,
     COMMAND,
     COUNT,
+    CURRENCY,
     DURATION,
     GLOBS,
     INTERVAL,
@@ -22,11 +25,15 @@ from outlast.config.values import (
     PATHS,
     RATE,
     RETENTION,
+    STORAGE_CLASS,
     TEXT,
     URL,
     Kind,
     choice,
 )  # fmt: skip
+from outlast.repo.thaw_plan import TIERS as WAYS
+from outlast.repo.thaw_plan import Prices, Thaw
+from outlast.store.classes import ARCHIVES, AT_ONCE
 from outlast.tiers.policy import DrillPolicy, Importance, Policy, Source, Stage, Tier, TierType
 
 
@@ -72,12 +79,28 @@ SYNC = Section(
     Tier,
 )
 
+ARCHIVE = Section(
+    (
+        Field("class", ARCHIVE_CLASS, "of S3: packs go there once they are proven", "archive_class", "none"),
+        Field("after", DURATION, "so old are the packs that go there", "archive_after_seconds"),
+    ),
+    Tier,
+)
+
 TIER = Section(
     (
         Field("type", _words(TierType), "what it is; `hdd` and `object_storage` are stored smaller", "type"),
         Field("url", URL, "the repository", "url"),
         Field("retention", RETENTION, "for so long it holds a snapshot", "retention_seconds"),
         Field("purpose", TEXT, "for people", "purpose", "none"),
+        Field(
+            "storage_class",
+            STORAGE_CLASS,
+            "of S3, in which packs are created",
+            "storage_class",
+            "STANDARD",
+        ),
+        Field("archive", ARCHIVE, "what is old goes where it has to be thawed"),
         Field("sync", SYNC, "how snapshots get here"),
     ),
     Tier,
@@ -118,6 +141,34 @@ SOURCE = Section(
 
 RUNS = Section((Field("drill", DRILL, "rehearsed restores of training runs, or `off`", "run_drill"),), None)
 
+THAW = Section(
+    (
+        Field("hours", AMOUNT, "after so many it is done", "hours"),
+        Field("per_gb", AMOUNT, "of what is thawed", "per_gb"),
+        Field("per_1000_requests", AMOUNT, "of thawing: one for each pack", "per_1000_requests"),
+    ),
+    Thaw,
+)
+
+CLASS = Section(
+    (
+        Field("per_gb_month", AMOUNT, "of keeping", "per_gb_month", "AWS us-east-1"),
+        Field("per_1000_moves", AMOUNT, "of moving packs there", "per_1000_moves", "AWS us-east-1"),
+        *(Field(way, THAW, "one way to thaw") for way in WAYS),
+    ),
+    None,
+)
+CLASSES = ("STANDARD", *AT_ONCE, *ARCHIVES)
+
+PRICES = Section(
+    (
+        Field("currency", CURRENCY, "of all prices", "currency"),
+        Field("egress_per_gb", AMOUNT, "of what leaves the region", "egress_per_gb"),
+        *(Field(each, CLASS, "of a storage class") for each in CLASSES),
+    ),
+    Prices,
+)
+
 POLICIES = Section(
     (
         Field("copies", COUNT, "so many other tiers hold a snapshot, proven, before one drops it", "copies"),
@@ -126,6 +177,7 @@ POLICIES = Section(
         Field("sync", SYNC, "defaults for every tier"),
         Field("drill", DRILL, "defaults for every source, and for runs"),
         Field("runs", RUNS, "of training runs"),
+        Field("prices", PRICES, "what thawing, keeping and moving cost"),
     ),
     Policy,
 )
@@ -134,11 +186,15 @@ TOP = {"storage_tiers": TIER, "sources": SOURCE, "policies": POLICIES}
 
 TABLES = {
     "storage_tiers.NAME": TIER,
+    "storage_tiers.NAME.archive": ARCHIVE,
     "storage_tiers.NAME.sync": SYNC,
     "sources.NAME": SOURCE,
     "sources.NAME.drill": DRILL,
     "policies": POLICIES,
     "policies.runs": RUNS,
+    "policies.prices": PRICES,
+    "policies.prices.CLASS": CLASS,
+    "policies.prices.CLASS.WAY": THAW,
 }
 
 

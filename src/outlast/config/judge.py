@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from outlast.backup.selection import matcher
 from outlast.config.values import BUCKETS, LEVELS, write_duration
+from outlast.repo.thaw_plan import TIERS as WAYS
+from outlast.store.classes import AT_ONCE
 from outlast.tiers.policy import DrillPolicy, Policy, Source, Tier, intervals
 
 LEASE_SECONDS_MIN = 10
@@ -28,6 +31,7 @@ def judge(policy: Policy, given: frozenset[str]) -> Iterator[Finding]:
     """`given`: what stands in the file. Links are followed, for two names may mean one folder."""
     places = {tier.name: _place(tier.url) for tier in policy.tiers}
     yield from _tiers(policy, places)
+    yield from _classes(policy, given)
     for source in policy.sources:
         yield from _paths(source, policy, places)
         yield from _objectives(source)
@@ -78,6 +82,29 @@ def _tiers(policy: Policy, places: dict[str, str]) -> Iterator[Finding]:
         if _is_bucket(tier.url) and tier.type != "object_storage":
             problem = f"says {tier.type}, and the url is a bucket"
             yield Finding(f"storage_tiers.{tier.name}.type", problem, "write object_storage, or leave it out", True)
+
+
+def _classes(policy: Policy, given: frozenset[str]) -> Iterator[Finding]:
+    for number, tier in enumerate(policy.tiers):
+        where, is_s3 = f"storage_tiers.{tier.name}", tier.url.startswith("s3://")
+        archive = f"{where}.archive"
+        if not is_s3:
+            for each in {f"{where}.storage_class", archive} & given:
+                problem = "is for buckets of S3 (s3://…) alone"
+                yield Finding(each, problem, "leave it out", hangs_on=(f"{where}.url",))
+        elif number == 0 and archive in given:
+            problem = "can't be said of the first tier, to which backups go"
+            yield Finding(archive, problem, "put one before it that is read at once", hangs_on=("storage_tiers",))
+        elif archive in given and not tier.archive_class:
+            yield Finding(f"{archive}.class", "is missing", "write GLACIER or DEEP_ARCHIVE", hangs_on=(archive,))
+        elif archive in given and tier.archive_after_seconds >= (tier.retention_seconds or math.inf):
+            problem = "is not shorter than the retention: hardly anything is ever archived"
+            hangs_on = (f"{where}.retention",)
+            yield Finding(f"{archive}.after", problem, "write less, or leave archive out", True, hangs_on)
+    for storage_class, way in itertools.product(("STANDARD", *AT_ONCE), WAYS):
+        where = f"policies.prices.{storage_class}.{way}"
+        if where in given:
+            yield Finding(where, f"is never needed: {storage_class} is read at once", "leave it out")
 
 
 def _paths(source: Source, policy: Policy, places: dict[str, str]) -> Iterator[Finding]:

@@ -10,8 +10,9 @@ import msgspec
 
 from outlast.config import Config
 from outlast.config.decode import OFF
-from outlast.config.fields import DRILL, POLICIES, SOURCE, SYNC, TIER, Field, Section
-from outlast.config.values import Kind, write_duration
+from outlast.config.fields import ARCHIVE, CLASS, DRILL, POLICIES, PRICES, SOURCE, SYNC, THAW, TIER, Field, Section
+from outlast.config.values import Kind, write_amount, write_duration
+from outlast.repo.thaw_plan import Prices
 from outlast.tiers.policy import DrillPolicy, Source, intervals, rpo_seconds
 
 _STEP = "  "
@@ -40,6 +41,9 @@ def lines(config: Config) -> Iterator[str]:
         where = f"storage_tiers.{tier.name}"
         yield f"{_STEP}{tier.name}:"
         yield from _section(config, TIER, tier, where, 2)
+        if tier.archive_class:
+            yield f"{_STEP * 2}archive:"
+            yield from _section(config, ARCHIVE, tier, f"{where}.archive", 3)
         yield f"{_STEP * 2}sync:"
         yield from _section(config, SYNC, tier, f"{where}.sync", 3)
     if config.policy.sources:
@@ -53,6 +57,8 @@ def lines(config: Config) -> Iterator[str]:
     yield from _section(config, POLICIES, config.policy, "policies", 1)
     yield f"{_STEP}runs:"
     yield from _drill(config, config.policy.run_drill, "policies.runs.drill", 2)
+    if config.policy.prices != Prices():
+        yield from _prices(config, config.policy.prices)
 
 
 def _drill(config: Config, drill: DrillPolicy | None, where: str, depth: int) -> Iterator[str]:
@@ -61,6 +67,26 @@ def _drill(config: Config, drill: DrillPolicy | None, where: str, depth: int) ->
         return
     yield f"{_STEP * depth}drill:"
     yield from _section(config, DRILL, drill, where, depth + 1)
+
+
+def _prices(config: Config, prices: Prices) -> Iterator[str]:
+    """Those that were given; the others are in the documentation."""
+    yield f"{_STEP}prices:"
+    yield from _section(config, PRICES, prices, "policies.prices", 2)
+    for each in PRICES.fields:
+        if each.kind is not CLASS:
+            continue
+        ways = prices.thaw.get(each.key, {})
+        amounts = {"per_gb_month": prices.per_gb_month, "per_1000_moves": prices.per_1000_moves}
+        given = {key: of_class[each.key] for key, of_class in amounts.items() if each.key in of_class}
+        if not ways and not given:
+            continue
+        yield f"{_STEP * 2}{each.key}:"
+        for key, amount in given.items():
+            yield f"{_STEP * 3}{key}: {write_amount(amount)}"
+        for way, thaw in ways.items():
+            yield f"{_STEP * 3}{way}:"
+            yield from _section(config, THAW, thaw, f"policies.prices.{each.key}.{way}", 4)
 
 
 def _by_stage(source: Source) -> dict[str, str]:

@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from outlast.backup.selection import matcher
 from outlast.errors import InvalidInput
+from outlast.store.classes import ARCHIVES, AT_ONCE
 from outlast.tiers.policy import DAY_SECONDS
 
 DURATION_SECONDS_MAX = 1000 * 366 * DAY_SECONDS
@@ -204,13 +205,52 @@ def _read_glob(text: str) -> str:
     return text
 
 
-def choice(*words: str) -> Kind:
-    def read(text: str) -> str:
-        if text not in words:
-            raise Misfit(f"`{shown(text)}` is unknown", nearest(text, words))
-        return text
+def _one_of(words: tuple[str, ...], text: str) -> str:
+    if text not in words:
+        raise Misfit(f"`{shown(text)}` is unknown", nearest(text, words))
+    return text
 
-    return _kind(", ".join(f"`{word}`" for word in words), read)
+
+def _quoted(words: tuple[str, ...]) -> str:
+    return ", ".join(f"`{word}`" for word in words)
+
+
+def choice(*words: str) -> Kind:
+    return _kind(_quoted(words), lambda text: _one_of(words, text))
+
+
+def _read_at_once(text: str) -> str:
+    if text in ARCHIVES:
+        raise Misfit(f"`{text}` has to be thawed before it is read", f"write `archive: {{class: {text}}}`")
+    if text == "STANDARD":
+        raise Misfit("`STANDARD` is where packs are created without it", "leave it out")
+    return _one_of(AT_ONCE, text)
+
+
+def _read_archive(text: str) -> str:
+    if text in AT_ONCE:
+        raise Misfit(f"`{text}` is read at once, and is no archive", f"write `storage_class: {text}` in the tier")
+    return _one_of(ARCHIVES, text)
+
+
+def _read_currency(text: str) -> str:
+    if not re.fullmatch(r"[A-Z]{3}", text):
+        raise Misfit(f"`{shown(text)}` is no currency", "write its three letters, as EUR")
+    return text
+
+
+def _read_amount(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,9}(?:\.[0-9]{1,9})?", text.strip()):
+        raise Misfit(f"`{shown(text)}` is no amount", "write a number, as `0.09`")
+    return float(text)
+
+
+def write_amount(amount: float) -> str:
+    """
+    >>> [write_amount(each) for each in (5.0, 0.09, 0.00099, 0.0)]
+    ['5', '0.09', '0.00099', '0']
+    """
+    return f"{amount:.9f}".rstrip("0").rstrip(".")
 
 
 LEVELS = tuple(f"L{number}" for number in range(6))
@@ -308,3 +348,7 @@ LEVEL = _kind("`L0` to `L5`", _read_level, LEVELS.__getitem__)
 URL = Kind("path, `s3://…`, `gs://…`, `az://…`", _read_url, _write_path)
 PATHS = Kind("list of paths", _read_path, _write_path, is_list=True)
 GLOBS = Kind("list of globs", lambda text, place: _read_glob(text), str, is_list=True)
+STORAGE_CLASS = _kind(_quoted(AT_ONCE), _read_at_once)
+ARCHIVE_CLASS = _kind(_quoted(ARCHIVES), _read_archive)
+CURRENCY = _kind("three letters", _read_currency)
+AMOUNT = _kind("number", _read_amount, write_amount)

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from outlast import records
-from outlast.errors import Corrupt
+from outlast.errors import Archived, Corrupt
 from outlast.events import Event
 from outlast.records import Snapshot
 from outlast.repo.needs import needed_chunks
@@ -33,9 +33,9 @@ class ProofReport(msgspec.Struct):
 def prove(repository: Repository, snapshots: Sequence[Snapshot], *, trust_seconds: float = 0.0) -> ProofReport:
     """Read the packs that hold what these snapshots need, each once, and commit what was found.
 
-    A pack that the log says was read whole, and right, in the last `trust_seconds` is not read again, and none that is
-    archived; then the snapshot counts as proven since that time. Damage elsewhere in those packs hurts nobody here, and
-    is noted by pack.
+    A pack that the log says was read whole, and right, in the last `trust_seconds` is not read again, nor an archived
+    one that ever was; then the snapshot counts as proven since that time. An archived one that never was proves
+    nothing, and is not noted. Damage elsewhere in those packs hurts nobody here, and is noted by pack.
     Raises `Unavailable` when the store can't be read: then nothing is noted.
     """
     report = ProofReport()
@@ -62,8 +62,12 @@ def prove(repository: Repository, snapshots: Sequence[Snapshot], *, trust_second
     refs = [ref for name in sorted(read) if (ref := state.find(name)) is not None]
     scrub = Scrub(repository.store, repository.clock, repository.sink)
     bad: dict[bytes, str] = {}
+    unread: set[str] = set()
     unsound: set[str] = {name for name in read if state.find(name) is None}
     for checked in scrub.run([Task(ref, None, True) for ref in refs]):
+        if checked.is_archived:
+            unread.add(checked.ref.name)
+            bad.update(dict.fromkeys(_in_pack(needs, checked.ref.name), "It is archived, and was never read whole."))
         if checked.problems:
             unsound.add(checked.ref.name)
             bad.update(dict.fromkeys(checked.bad, checked.problems[0]))
@@ -82,7 +86,7 @@ def prove(repository: Repository, snapshots: Sequence[Snapshot], *, trust_second
     for identity, problem in report.damaged.items():
         fields = {"snapshot": identity, "problem": problem}
         repository.sink.event(Event("snapshot.damaged", f"snapshot {identity[:8]} is damaged: {problem}", fields))
-    _note(repository, report, since, sorted(read - unsound), sorted(unsound))
+    _note(repository, report, since, sorted(read - unsound - unread), sorted(unsound))
     return report
 
 
@@ -105,7 +109,7 @@ def _has_other(repository: Repository, chunk: bytes) -> bool:
     """Whether it can be had all the same, from another pack, or in a second try."""
     try:
         repository.get_stored(chunk)
-    except Corrupt:
+    except (Corrupt, Archived):
         return False
     return True
 

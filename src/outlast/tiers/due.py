@@ -103,6 +103,7 @@ class Facts:
         assert len(held) == len(policy.tiers)
         self.policy = policy
         self.held = {tier.name: each for tier, each in zip(policy.tiers, held, strict=True)}
+        self._readable_first = [tier.name for tier in sorted(policy.tiers, key=lambda tier: bool(tier.archive_class))]
         self.now_ns = now_ns
         every = {identity: snapshot for each in held for identity, snapshot in each.snapshots.items()}
         began = {identity: _began_ns(snapshot, now_ns) for identity, snapshot in every.items()}
@@ -151,8 +152,8 @@ class Facts:
         return snapshot in self.held[tier].snapshots and snapshot not in self.held[tier].hurt
 
     def origin(self, snapshot: str, without: str) -> str:
-        """The nearest other tier that holds it; "" for none."""
-        return next((tier for tier in self.held if tier != without and self.holds(tier, snapshot)), "")
+        """The nearest other tier that holds it, one from which nothing is archived before others; "" for none."""
+        return next((tier for tier in self._readable_first if tier != without and self.holds(tier, snapshot)), "")
 
     def proven_ns(self, tier: str, snapshot: str) -> int:
         """When it was last proven there; 0 for never."""

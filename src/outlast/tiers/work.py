@@ -10,7 +10,7 @@ import msgspec
 from outlast.backup.create import create
 from outlast.backup.origin import RepositoryOrigin
 from outlast.backup.repair import repair
-from outlast.errors import Corrupt
+from outlast.errors import Archived, Corrupt
 from outlast.records import Snapshot
 from outlast.repo import archive, forget, prune
 from outlast.repo.archive_plan import ArchivePolicy
@@ -65,6 +65,7 @@ def _copy(task: Task, places: Places, repository: Repository) -> Done:
     origin, tier = places.repository(task.origin), places.tier(task.tier)
     origin.refresh()
     ids = [each for each in task.snapshots if each in origin.state.snapshots]
+    is_archived = bool(places.tier(task.origin).archive_class)  # what can't be read there may be whole
     copied: list[str] = []
     problems: list[str] = []
     stored = 0
@@ -74,8 +75,10 @@ def _copy(task: Task, places: Places, repository: Repository) -> Done:
         stored += report.bytes_stored
         hurt = [each.snapshot for each in report.failed if each.snapshot in origin.state.snapshots]
         problems += [f"snapshot {each.snapshot[:8]} of {each.name}: {each.problem}" for each in report.failed]
-        if hurt:
+        if hurt and not is_archived:
             _note_hurt(origin, hurt)
+    if is_archived and problems and not copied:
+        raise Archived(f"{task.origin} can't give them now. {problems[0]}")
     text = f"copied {_count(copied)} from {task.origin}, {stored:,} bytes written"
     return Done(task, text, tuple(problems), tuple(copied), stored)
 
