@@ -15,7 +15,7 @@ from threading import Lock
 
 import msgspec
 
-from outlast.errors import Corrupt, InvalidInput, NotFound, OutlastError, Unavailable
+from outlast.errors import Archived, Corrupt, InvalidInput, NotFound, OutlastError, Unavailable
 from outlast.events import Event
 from outlast.records import Entry, Snapshot
 from outlast.repo import deltas, seal
@@ -371,11 +371,16 @@ def _until(entries: Iterator[Entry], failures: list[OutlastError]) -> Iterator[E
 
 
 def _nowhere(chunk: bytes, reasons: list[tuple[str, OutlastError]]) -> OutlastError:
-    """With what each place says. To be tried again, if one of them is only out of reach."""
-    kind = Unavailable if any(error.retryable for _, error in reasons) else Corrupt
+    """With what each place says. To be tried again, if one of them is only out of reach, or to be thawed there."""
+    kind: type[OutlastError] = Corrupt
+    if any(error.retryable for _, error in reasons):
+        kind = Unavailable
+    elif any(isinstance(error, Archived) for _, error in reasons):
+        kind = Archived
     told = " ".join(f"{where}: {error.message}" for where, error in reasons)
-    hint = next((error.hint for _, error in reasons if error.hint), "")
-    return kind(f"no place has chunk {chunk.hex()[:16]} whole. {told}", hint=hint)
+    hints = [error.hint for _, error in reasons if isinstance(error, kind)] or [error.hint for _, error in reasons]
+    hint = next(filter(None, hints), "")
+    return kind(f"no place can give chunk {chunk.hex()[:16]} whole. {told}", hint=hint)
 
 
 Holder = Repository | Nearest
