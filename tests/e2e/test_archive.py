@@ -26,6 +26,7 @@ from outlast.repo.check import check
 from outlast.repo.copy import copy
 from outlast.repo.index import build_segment, segment_name
 from outlast.repo.pack import object_name
+from outlast.repo.prove import prove
 from outlast.repo.prune import prune
 from outlast.repo.prune_plan import Policy
 from outlast.repo.repository import Repository
@@ -402,3 +403,33 @@ def test_packs_alone_are_created_in_the_class_that_was_asked_for(bucket: Bucket,
     assert {kind for place, kind in classes if place != "packs"} == {"STANDARD"}
     with pytest.raises(InvalidInput, match="GLACIER"):
         open_store(bucket.url, pack_class="GLACIER")
+
+
+def test_a_proof_needs_packs_that_were_read_once(bucket: Bucket, tmp_path: Path) -> None:
+    """What was verified before it was archived is proven since then; what a lifecycle rule took earlier is not."""
+    repository = archived(bucket, fill(tmp_path / "data", one=2_500_000))
+    [kept] = repository.snapshots()
+    assert prove(repository, [kept]).proven == [kept.id]
+    assert repository.state.proven[kept.id] == min(repository.state.verified.values())
+
+    unread = create(repository, [os.fsencode(fill(tmp_path / "more", two=3_500_000))], name="more")
+    readable = create(repository, [os.fsencode(fill(tmp_path / "small", three=1_000))], name="small")
+    repository.refresh()
+    [manifest] = repository.find_snapshot(unread.snapshot).manifest
+    lists = repository.locate(bytes.fromhex(manifest[0])).pack.name
+    last = repository.locate(bytes.fromhex(repository.find_snapshot(readable.snapshot).manifest[0][0])).pack.name
+    taken = repository.state.packs.keys() - repository.state.verified.keys() - {lists, last}
+    for name in taken:
+        key = {"Bucket": bucket.name, "Key": f"models/{object_name(name)}"}
+        bucket.client.copy_object(**key, CopySource=key, StorageClass="GLACIER")
+    with pytest.raises(Archived, match="never verified"):
+        prove(repository, repository.snapshots())
+    assert repository.state.proven.keys() == {kept.id, readable.snapshot}
+    assert not repository.state.hurt
+    assert taken
+    assert not taken & repository.state.verified.keys()
+
+    for name in taken:
+        bucket.thaw(object_name(name))
+    again = Repository.open(open_store(bucket.url))
+    assert prove(again, again.snapshots()).proven == [each.id for each in again.snapshots()]

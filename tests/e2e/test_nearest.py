@@ -21,7 +21,7 @@ from trees import describe
 from outlast.backup import restore, staging
 from outlast.backup.nearest import Nearest, Source
 from outlast.backup.tensors import restore_tensors
-from outlast.errors import Corrupt, InvalidInput, NotFound, OutlastError, Unavailable
+from outlast.errors import Archived, Corrupt, InvalidInput, NotFound, OutlastError, Unavailable
 from outlast.events import ListSink
 from outlast.records import Entry, Snapshot
 from outlast.repo import deltas, formats, seal
@@ -324,6 +324,13 @@ def test_what_nobody_has_is_named_with_what_each_place_says(source: Path, tmp_pa
     planned = restore.plan(nearest, nearest.snapshot, os.fsencode(tmp_path / "target"))
     faulty.script(error(), "get_ranges", times=10**6)
     with pytest.raises(Unavailable, match=r"can't be restored: small\.txt\. .* did not answer"):
+        restore.execute(nearest, planned)
+
+    thawing = FaultyStore(warm.store)
+    nearest = Nearest([hot.open(), warm.open(lambda store: thawing), cold.open()], nearest.snapshot)
+    planned = restore.plan(nearest, nearest.snapshot, os.fsencode(tmp_path / "target"))
+    thawing.script(error(Archived("it is archived.", hint="Thaw it.")), "get_ranges", times=10**6)
+    with pytest.raises(Archived, match=r"1 of .* archived and not thawed yet: small\.txt"):
         restore.execute(nearest, planned)
 
 

@@ -11,7 +11,8 @@ import pytest
 
 import outlast
 from outlast.cli import text
-from outlast.cli.command import CODES, Options, Terminated, explain
+from outlast.cli.agent import _Teller
+from outlast.cli.command import CODES, Call, Options, Terminated, explain
 from outlast.cli.output import JsonPrinter, TextPrinter, json_pieces
 from outlast.cli.text import duration_text, path_shown, size_text, table
 from outlast.clock import ManualClock
@@ -183,3 +184,14 @@ def test_options_after_the_command_win() -> None:
     before, after = Options(repo="a", json=True), Options(repo="b", quiet=True)
     assert after.over(before) == Options(repo="b", json=True, quiet=True)
     assert Options().over(before) == before
+
+
+def test_an_agent_tells_every_failure_however_long_it_runs(capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    teller = _Teller(Call(Options()))
+    for number in range(2500):
+        teller.event(Event("job.failed" if number % 2 else "job.bug", f"failure {number}", {"tier": "warm"}))
+    told = capsysbinary.readouterr().err.decode().splitlines()
+    assert [line.rpartition(": ")[2] for line in told] == [f"failure {number}" for number in range(2500)]
+    kept = teller.document()["failed"]
+    assert len(kept) == 1000
+    assert kept[-1] == {"reason": "failure 2499", "tier": "warm"}

@@ -387,8 +387,9 @@ def _nowhere(chunk: bytes, reasons: list[tuple[str, OutlastError]]) -> OutlastEr
     elif any(isinstance(error, Archived) for _, error in reasons):
         kind = Archived
     told = " ".join(f"{where}: {error.message}" for where, error in reasons)
-    hint = next((error.hint for _, error in reasons if error.hint), "")
-    return kind(f"no place has chunk {chunk.hex()[:16]} whole. {told}", hint=hint)
+    hints = [error.hint for _, error in reasons if isinstance(error, kind)] or [error.hint for _, error in reasons]
+    hint = next(filter(None, hints), "")
+    return kind(f"no place can give chunk {chunk.hex()[:16]} whole. {told}", hint=hint)
 
 
 Holder = Repository | Nearest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from types import FrameType
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from outlast.tiers.status import Named, Standing, Status
 
 _STOP_SECONDS = 20.0
+_LISTED_MAX = 1000
 CONFIG = click.option(
     "--config", "config", metavar="FILE", help="The configuration (or OUTLAST_CONFIG; ./outlast.yaml)."
 )
@@ -125,8 +127,7 @@ def agent(call: Call, config: str | None, once: bool) -> int:
     if not once:
         return _serve(call, made, teller)
     do_once(made, SYSTEM_CLOCK)
-    document = {"done": teller.done, "failed": teller.failed, "problems": teller.problems}
-    call.printer.result(document, _once_lines(teller))
+    call.printer.result(teller.document(), _once_lines(teller))
     return PARTLY_DONE if teller.failed or teller.problems else 0
 
 
@@ -151,7 +152,9 @@ def _serve(call: Call, made: list[Any], teller: _Teller) -> int:
     teller.say(f"{count_text(len(made), 'job')} started.")
     os.read(told, 1)
     teller.say("stopping: what is under way gets some seconds to end.")
-    if running.stop(_STOP_SECONDS):
+    is_over = running.stop(_STOP_SECONDS)
+    call.printer.result(teller.document(), ())
+    if is_over:
         return 0
     # A long copy is still under way in its threads, which nothing can end. Whatever instant it is killed at, what was
     # committed is whole; so it is.
@@ -164,28 +167,35 @@ def _only_wake(number: int, frame: FrameType | None) -> None:
 
 
 class _Teller:
-    """The event sink of jobs: each thing that is done is a line, and counted."""
+    """The event sink of jobs: each thing that is done is a line, and the last ones are kept for the result."""
 
     wants_progress = False
 
     def __init__(self, call: Call) -> None:
-        self.done: list[dict[str, Any]] = []
-        self.failed: list[dict[str, Any]] = []
-        self.problems: list[str] = []
+        self.done: deque[dict[str, Any]] = deque(maxlen=_LISTED_MAX)
+        self.failed: deque[dict[str, Any]] = deque(maxlen=_LISTED_MAX)
+        self.problems: deque[str] = deque(maxlen=_LISTED_MAX)
         self._call = call
         self._quiet = call.options.json or call.options.json_lines or call.options.quiet
         self._lock = threading.Lock()
 
-    def event(self, event: Event) -> None:
+    def document(self) -> dict[str, Any]:
         with self._lock:
+            return {"done": list(self.done), "failed": list(self.failed), "problems": list(self.problems)}
+
+    def event(self, event: Event) -> None:
+        problems = event.fields.get("problems", [])
+        is_failure = event.kind in ("job.failed", "job.bug")
+        with self._lock:
+            self.problems += problems
             if event.kind == "job.done":
                 self.done.append({"reason": event.reason, **event.fields})
-                self.problems += event.fields.get("problems", [])
-                for problem in event.fields.get("problems", []):
-                    self._call.printer.warn(problem)
-            elif event.kind in ("job.failed", "job.bug"):
+            elif is_failure:
                 self.failed.append({"reason": event.reason, **event.fields})
-        self._call.printer.event(event)
+        for problem in [*problems, *([event.reason] if is_failure else [])]:
+            self._call.printer.warn(problem)  # as an event only the first hundred would be told
+        if not is_failure or self._call.options.json_lines:
+            self._call.printer.event(event)
         if event.kind in ("job.began", "job.done", "job.left"):
             self.say(event.reason)
 
@@ -194,7 +204,7 @@ class _Teller:
             from outlast.records import time_text as stamp
 
             when = time_text(stamp(SYSTEM_CLOCK.now_ns()))
-            with suppress(BrokenPipeError):
+            with suppress(OSError):  # nobody reads it, or its disk is full: the work goes on
                 click.echo(f"{when}  {printable(text)}")
 
     def progress(self, progress: Progress) -> None:

@@ -13,9 +13,10 @@ from outlast.events import Event
 from outlast.records import Snapshot
 from outlast.repo.needs import needed_chunks
 from outlast.repo.repository import Repository
-from outlast.repo.scrub import Scrub, Task
+from outlast.repo.scrub import Checked, Scrub, Task
 from outlast.repo.seal import ID_BYTES
 from outlast.repo.state import PROVEN, VERIFIED, State
+from outlast.store.base import HOW_TO_THAW
 
 
 class ProofReport(msgspec.Struct):
@@ -33,10 +34,11 @@ class ProofReport(msgspec.Struct):
 def prove(repository: Repository, snapshots: Sequence[Snapshot], *, trust_seconds: float = 0.0) -> ProofReport:
     """Read the packs that hold what these snapshots need, each once, and commit what was found.
 
-    A pack that the log says was read whole, and right, in the last `trust_seconds` is not read again, nor an archived
-    one that ever was; then the snapshot counts as proven since that time. An archived one that never was proves
-    nothing, and is not noted. Damage elsewhere in those packs hurts nobody here, and is noted by pack.
-    Raises `Unavailable` when the store can't be read: then nothing is noted.
+    A pack that the log says was read whole, and right, in the last `trust_seconds` is not read again, and none that is
+    archived; then the snapshot counts as proven since that time. Damage elsewhere in those packs hurts nobody here, and
+    is noted by pack.
+    Raises `Unavailable` when the store can't be read: then nothing is noted. Raises `Archived` when packs that nobody
+    has ever read lie in archives: what was found of the other snapshots is noted.
     """
     report = ProofReport()
     now_ns = repository.clock.now_ns()
@@ -44,13 +46,13 @@ def prove(repository: Repository, snapshots: Sequence[Snapshot], *, trust_second
     repository.refresh()
     repository.load_index()
     repository.learn_archived()
-    needs: dict[str, dict[bytes, str]] = {}
+    needs: dict[str, set[str]] = {}
     for snapshot in snapshots:
         try:
-            needs[snapshot.id] = _packs(repository, snapshot)
+            needs[snapshot.id] = {repository.locate(chunk).pack.name for chunk in _chunks(repository, snapshot)}
         except Corrupt as exc:
             report.damaged[snapshot.id] = exc.message
-    needed = {pack for packs in needs.values() for pack in packs.values()}
+    needed = {pack for packs in needs.values() for pack in packs}
     state = repository.state
     read = {
         name
@@ -61,57 +63,82 @@ def prove(repository: Repository, snapshots: Sequence[Snapshot], *, trust_second
     report.packs_trusted = len(needed) - len(read)
     refs = [ref for name in sorted(read) if (ref := state.find(name)) is not None]
     scrub = Scrub(repository.store, repository.clock, repository.sink)
-    bad: dict[bytes, str] = {}
-    unread: set[str] = set()
-    unsound: set[str] = {name for name in read if state.find(name) is None}
+    damage = _Damage(repository)
+    unread, unsound = set[str](), {name for name in read if state.find(name) is None}
     for checked in scrub.run([Task(ref, None, True) for ref in refs]):
         if checked.is_archived:
             unread.add(checked.ref.name)
-            bad.update(dict.fromkeys(_in_pack(needs, checked.ref.name), "It is archived, and was never read whole."))
-        if checked.problems:
+        elif checked.problems:
             unsound.add(checked.ref.name)
-            bad.update(dict.fromkeys(checked.bad, checked.problems[0]))
-            if checked.footer is None:
-                bad.update(dict.fromkeys(_in_pack(needs, checked.ref.name), checked.problems[0]))
-    report.packs_read, report.bytes_read = len(refs), scrub.bytes_read
-    lost = {chunk: problem for chunk, problem in bad.items() if not _has_other(repository, chunk)}
+            damage.take(checked)
+    report.packs_read, report.bytes_read = len(refs) - len(unread), scrub.bytes_read
     since: dict[str, str] = {}
-    for identity, packs in needs.items():
-        hurt = next((chunk for chunk in packs if chunk in lost), None)
-        if hurt is not None:
-            report.damaged[identity] = f"pack {packs[hurt][:16]}: {lost[hurt]}"
-        else:
-            report.proven.append(identity)
-            since[identity] = min((state.verified.get(each, now) for each in set(packs.values()) - read), default=now)
+    for snapshot in snapshots:
+        packs = needs.get(snapshot.id, set())
+        if problem := damage.of(snapshot) if packs & unsound else "":
+            report.damaged[snapshot.id] = problem
+        elif packs and not packs & unread:
+            report.proven.append(snapshot.id)
+            since[snapshot.id] = min((state.verified.get(each, now) for each in packs - read), default=now)
     for identity, problem in report.damaged.items():
         fields = {"snapshot": identity, "problem": problem}
         repository.sink.event(Event("snapshot.damaged", f"snapshot {identity[:8]} is damaged: {problem}", fields))
     _note(repository, report, since, sorted(read - unsound - unread), sorted(unsound))
+    if unread:
+        raise Archived(
+            f"{len(unread):,} of the {len(needed):,} packs that are needed of {repository.store.url} are archived and "
+            "were never verified; they could not be read. What was found of the others is in the log.",
+            hint=HOW_TO_THAW,
+        )
     return report
 
 
-def _packs(repository: Repository, snapshot: Snapshot) -> dict[bytes, str]:
-    """chunk -> the pack that it is read from, for all that the snapshot needs. Raises `Corrupt`."""
+def _chunks(repository: Repository, snapshot: Snapshot) -> set[bytes]:
+    """All that the snapshot needs. Raises `Corrupt`."""
     ids: set[bytes] = set()
 
     def take(joined: bytes) -> None:
         ids.update(joined[at : at + ID_BYTES] for at in range(0, len(joined), ID_BYTES))
 
     needed_chunks(repository, [snapshot], take)
-    return {chunk: repository.locate(chunk).pack.name for chunk in ids}
+    return ids
 
 
-def _in_pack(needs: dict[str, dict[bytes, str]], pack: str) -> list[bytes]:
-    return [chunk for packs in needs.values() for chunk, name in packs.items() if name == pack]
+class _Damage:
+    """What was found wrong in packs, and which snapshots it hurts: asked for those alone that need such a pack."""
 
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+        self._bad: dict[bytes, str] = {}
+        self._lost_packs: dict[str, str] = {}
+        self._has_other: dict[bytes, bool] = {}
 
-def _has_other(repository: Repository, chunk: bytes) -> bool:
-    """Whether it can be had all the same, from another pack, or in a second try."""
-    try:
-        repository.get_stored(chunk)
-    except (Corrupt, Archived):
-        return False
-    return True
+    def take(self, checked: Checked) -> None:
+        self._bad.update(dict.fromkeys(checked.bad, checked.problems[0]))
+        if checked.footer is None:
+            self._lost_packs[checked.ref.name] = checked.problems[0]
+
+    def of(self, snapshot: Snapshot) -> str:
+        """Why it is damaged; "" where what is wrong does not concern it."""
+        try:
+            for chunk in sorted(_chunks(self._repository, snapshot)):
+                name = self._repository.locate(chunk).pack.name
+                problem = self._bad.get(chunk) or self._lost_packs.get(name)
+                if problem and not self._can_be_had(chunk):
+                    return f"pack {name[:16]}: {problem}"
+        except Corrupt as exc:
+            return exc.message
+        return ""
+
+    def _can_be_had(self, chunk: bytes) -> bool:
+        """From another pack, or in a second try."""
+        if chunk not in self._has_other:
+            try:
+                self._repository.get_stored(chunk)
+                self._has_other[chunk] = True
+            except (Archived, Corrupt) as exc:
+                self._has_other[chunk] = isinstance(exc, Archived)
+        return self._has_other[chunk]
 
 
 def _note(repository: Repository, report: ProofReport, since: dict[str, str], sound: list[str], bad: list[str]) -> None:

@@ -5,7 +5,7 @@ Pure.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -64,21 +64,26 @@ def status(policy: Policy, held: Sequence[Held], now_ns: int) -> Status:
     """`held`: one for each tier of the policy, in its order."""
     facts = Facts(policy, held, now_ns)
     lags = plan(policy, held, now_ns).lags
-    known = [source.name for source in policy.sources]
-    names = tuple(_named(facts, name) for name in [*known, *sorted(facts.newest.keys() - set(known))])
+    times: dict[str, list[int]] = {}
+    for known in facts.every.values():
+        times.setdefault(known.snapshot.name, []).append(known.time_ns)
+    sources = [source.name for source in policy.sources]
+    names = tuple(
+        _named(facts, name, len(times.get(name, ()))) for name in [*sources, *sorted(times.keys() - set(sources))]
+    )
     tiers = tuple(_standing(facts, number, lag) for number, lag in enumerate(lags))
-    missed = [*_missed_names(facts, names), *_missed_tiers(facts, tiers)]
+    missed = [*_missed_names(facts, names, times), *_missed_tiers(facts, tiers)]
     return Status(names, tiers, tuple(missed))
 
 
-def _named(facts: Facts, name: str) -> Named:
+def _named(facts: Facts, name: str, snapshots: int) -> Named:
     source, newest = facts.policy.source(name), facts.newest.get(name)
     made = [(time_ns(each.drills[name].time), tier) for tier, each in facts.held.items() if name in each.drills]
     at_ns, tier = max(made, default=(0, ""))
     return Named(
         name,
         "source" if source else "run",
-        sum(known.snapshot.name == name for known in facts.every.values()),
+        snapshots,
         _age(facts, newest.time_ns) if newest else None,
         rpo_seconds(source, facts.intervals[name]) if source else None,
         facts.held[tier].drills[name] if tier else None,
@@ -97,7 +102,8 @@ def _standing(facts: Facts, number: int, lag: Lag) -> Standing:
     return Standing(tier.name, tier.url, len(held.snapshots), len(held.hurt), proven, lag)
 
 
-def _missed_names(facts: Facts, names: Sequence[Named]) -> Iterator[str]:
+def _missed_names(facts: Facts, names: Sequence[Named], times: Mapping[str, Sequence[int]]) -> Iterator[str]:
+    """`times`: for each name when its snapshots were begun, in nanoseconds."""
     for each in names:
         source = facts.policy.source(each.name)
         if each.last_seconds is None:
@@ -108,9 +114,8 @@ def _missed_names(facts: Facts, names: Sequence[Named]) -> Iterator[str]:
             yield f"the last backup of {each.name} is {age} old; tolerated are {span(each.rpo_seconds)}."
         drill = source.drill if source else facts.policy.run_drill
         if drill is not None:
-            first_ns = min(known.time_ns for known in facts.every.values() if known.snapshot.name == each.name)
             late = _LATE_FACTOR * drill.every_seconds
-            if each.proof is None and _age(facts, first_ns) > late:
+            if each.proof is None and _age(facts, min(times[each.name])) > late:
                 yield f"a restore of {each.name} was never rehearsed."
             elif each.proof_seconds is not None and each.proof_seconds > late:
                 age = about(each.proof_seconds)
