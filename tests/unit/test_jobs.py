@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from outlast.clock import ManualClock
+from outlast.errors import Refused, StoreFull, Unavailable
 from outlast.events import ListSink
 from outlast.repo.prove import prove
 from outlast.repo.repository import Repository
@@ -175,3 +176,21 @@ def test_a_failure_that_nobody_foresaw_keeps_no_other_task_from_being_done(
     assert any("RecursionError: too deep" in each for each in team.told("job.failed"))
     team.work(10)
     assert len(team.told("job.failed")) == 1, "it waits before it tries again"
+
+
+@pytest.mark.parametrize(
+    "failure", [Refused("read-only"), StoreFull("full"), Unavailable("away"), OSError(5, "broken")]
+)
+def test_where_the_first_tier_cannot_be_written_backups_go_to_the_next(
+    team: Team, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    team.work(0)
+
+    def fail(*args: object) -> None:
+        raise failure
+
+    for name in ("put", "put_if_absent"):
+        monkeypatch.setattr(team.stores["hot"], name, fail)
+    team.work(HALF_DAY, steps=4)
+    held = {tier: len(team.repository(tier).state.snapshots) for tier in team.stores}
+    assert held == {"hot": 1, "warm": 5, "cold": 5}

@@ -16,7 +16,7 @@ import blake3
 import msgspec
 
 from outlast.clock import Clock
-from outlast.errors import Busy, OutlastError, Refused, StoreFull
+from outlast.errors import Busy, OutlastError, Refused, StoreFull, Unavailable
 from outlast.events import Event, EventSink
 from outlast.repo.state import LEASE
 from outlast.store.base import ObjectStore
@@ -105,7 +105,7 @@ class Job:
             self._tell("job.left", task, f"is left to others: {exc.message}")
         except Exception as exc:  # noqa: BLE001  one that nobody foresaw must not keep the job from its other tasks
             self.failures += 1
-            if isinstance(exc, StoreFull) and task.kind in ("backup", "copy"):
+            if isinstance(exc, StoreFull) or (task.kind == "backup" and isinstance(exc, Unavailable)):
                 self._board.note_full(task.tier, now_ns)
             count = self._failed.get(key, (0, 0))[0] + 1
             wait = min(_RETRY_SECONDS_MAX, _RETRY_SECONDS * 2 ** (count - 1))
@@ -127,7 +127,13 @@ class Job:
         seconds, owner = self._places.policy.lease_seconds, f"{socket.gethostname()}, process {os.getpid()}"
         name = lease_name(self.name)
         used = repository.state.fences.get(name, 0)
-        lease = acquire(repository.store, name, owner, seconds, self._clock, used)
+        try:
+            lease = acquire(repository.store, name, owner, seconds, self._clock, used)
+        except Busy:
+            raise
+        except Exception:
+            self._board.note_full(task.tier, self._clock.now_ns())  # read-only, broken, or full: it can't be written
+            raise
         with lease.kept():
             if lease.was_left:
                 self._fence_off(lease, task.tier)
