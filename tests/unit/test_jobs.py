@@ -194,3 +194,13 @@ def test_where_the_first_tier_cannot_be_written_backups_go_to_the_next(
     team.work(HALF_DAY, steps=4)
     held = {tier: len(team.repository(tier).state.snapshots) for tier in team.stores}
     assert held == {"hot": 1, "warm": 5, "cold": 5}
+
+
+def test_what_was_read_at_a_time_to_come_is_read_again(team: Team) -> None:
+    team.work(0)
+    later = ManualClock(now_ns=team.clock.now_ns() + 300 * DAY * 10**9)
+    ahead = Repository.open(team.stores["warm"], clock=later)
+    assert prove(ahead, ahead.snapshots()).proven
+    team.damage("warm")
+    repository = team.repository("warm")
+    assert prove(repository, repository.snapshots(), trust_seconds=DAY).damaged
