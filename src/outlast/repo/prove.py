@@ -34,8 +34,8 @@ def prove(repository: Repository, snapshots: Sequence[Snapshot], *, trust_second
     """Read the packs that hold what these snapshots need, each once, and commit what was found.
 
     A pack that the log says was read whole, and right, in the last `trust_seconds` is not read again, and none that is
-    archived; then the snapshot counts as proven since that time. A time to come is of a clock that was ahead: nobody trusts it. Damage
-    elsewhere in those packs hurts nobody here, and is noted by pack.
+    archived; then the snapshot counts as proven since that time. A time to come is of a clock that was ahead, and is
+    not trusted. Damage elsewhere in those packs hurts nobody here, and is noted by pack.
     Raises `Unavailable` when the store can't be read: then nothing is noted.
     """
     report = ProofReport()

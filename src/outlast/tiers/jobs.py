@@ -111,7 +111,9 @@ class Job:
             wait = min(_RETRY_SECONDS_MAX, _RETRY_SECONDS * 2 ** (count - 1))
             self._failed[key] = count, now_ns + wait * _NS
             self._places.forget(task.tier)
-            what = str(exc) if isinstance(exc, OutlastError | OSError) else f"{type(exc).__name__}: {exc}"
+            what = f"{type(exc).__name__}: {exc}"
+            if isinstance(exc, OutlastError):
+                what = f"{exc.message} {exc.hint}".rstrip()
             self._tell("job.failed", task, f"failed, and is tried again in {wait} s: {what}")
         else:
             self._failed.pop(key, None)

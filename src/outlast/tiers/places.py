@@ -58,6 +58,9 @@ class Places:
         try:
             repository = self.repository(tier)
             repository.refresh()
+        except OSError as exc:
+            self.forget(tier)
+            return Held(problem=str(exc))
         except OutlastError as exc:
             self.forget(tier)
             hint = (
