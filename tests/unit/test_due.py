@@ -24,6 +24,7 @@ TIERS = (
     Tier("cold", "c", retention_seconds=180 * DAY),
 )
 POLICY = Policy(TIERS, (MODELS,))
+DRILLED = replace(MODELS, drill=DrillPolicy())
 
 
 def at(seconds: float) -> str:
@@ -264,3 +265,34 @@ def test_status_names_every_objective_that_is_missed() -> None:
     )
     fine = held(made("full", HOUR, parent=""), drills={"models": replace(drill, rto_seconds=5.0)})
     assert not status(policy, [fine, held(FULL), held(FULL)], NOW * NS).missed
+
+
+def test_what_was_made_while_a_clock_was_ahead_keeps_nobody_from_backing_up() -> None:
+    ahead = made("ahead", -365 * DAY, parent="")
+    good, old = made("good", 13 * HOUR), made("old", 40 * HOUR, parent="")
+    facts = held(old, good, ahead)
+    [backup] = of("backup", tasks(facts, facts, facts))
+    assert backup.due_ns <= NOW * NS
+    assert any(
+        "13.0 h" in each
+        for each in status(replace(POLICY, sources=(replace(MODELS, rpo_seconds=HOUR),)), [facts] * 3, NOW * NS).missed
+    )
+    [first] = of("backup", tasks(held(ahead)))
+    assert first.due_ns <= NOW * NS
+
+
+def test_a_proof_and_a_drill_of_a_time_to_come_count_as_none() -> None:
+    old, newest = made("old", 8 * DAY, parent=""), made("new", HOUR, parent="")
+    forged = {"old": at(NOW + DAY), "new": at(NOW)}
+    facts = held(old, newest, proven=forged)
+    assert not of("drop", tasks(facts, facts, facts))
+    drill = Drill("new", "models", 2, 2, 1.0, 1.0, 1, time=at(NOW + 30 * DAY))
+    [task] = of("drill", tasks(held(newest, drills={"models": drill}), policy=replace(POLICY, sources=(DRILLED,))))
+    assert task.due_ns <= NOW * NS
+
+
+def test_what_is_damaged_everywhere_takes_no_place_of_what_is_whole() -> None:
+    whole, hurt = made("whole", 200 * DAY, parent=""), made("hurt", 190 * DAY, parent="")
+    facts = held(whole, hurt, hurt={"hurt": at(NOW - DAY)}, proven={"whole": at(NOW - HOUR)})
+    dropped = [each for task in of("drop", tasks(facts, facts, facts)) for each in task.snapshots]
+    assert "whole" not in dropped

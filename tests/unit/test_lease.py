@@ -15,6 +15,8 @@ from outlast.store.lease import Lease, acquire
 from outlast.store.local import LocalStore
 from outlast.store.memory import MemoryStore
 
+DAY_NS = 86_400 * 10**9
+
 
 def take(store: ObjectStore, clock: ManualClock, owner: str = "me", seconds: float = 60.0) -> Lease:
     return acquire(store, "backup-models", owner, seconds, clock)
@@ -129,3 +131,11 @@ def test_who_was_followed_commits_nothing_any_more() -> None:
     stale.log.fence = ("copy-cold", 1)  # another lease is another matter
     stale.log.append(PROVEN, lambda _: {"snapshots": []})
     assert Repository.open(store, clock=clock).state.fences == {"backup-models": 4, "copy-cold": 1}
+
+
+def test_a_clock_of_the_store_that_was_set_back_keeps_no_dead_owner_alive() -> None:
+    later, now = ManualClock(now_ns=6 * DAY_NS), ManualClock(now_ns=DAY_NS)
+    store = MemoryStore("set back", clock=later)
+    take(store, later, "dead")
+    found = take(MemoryStore("set back", clock=now), now)
+    assert found.was_left, "who it was may be at work, and has to be fenced"

@@ -56,23 +56,28 @@ def is_by_config(call: Call, config: str | None) -> bool:
 
 
 def tier_of(call: Call, policy: Policy, tier: str | None, reference: str, name: str | None) -> Repository:
-    """The repository of a tier; without its name that of the nearest that holds the snapshot. Raises `NotFound`."""
+    """The repository of a tier; without its name that of the nearest that holds the snapshot. Raises `NotFound`.
+
+    The latest is that of all tiers: the nearest may have been out of reach, or full, when it was made.
+    """
+    from outlast.repo.naming import Together
+
     every = places(call, policy)
     if tier is not None:
         names = [each.name for each in policy.tiers]
         if tier not in names:
             raise NotFound(f"there is no tier {tier}; there are: {', '.join(names)}.")
         return every.repository(tier)
-    failure: OutlastError | None = None
+    found, failures = [], []
     for each in policy.tiers:
         try:
-            repository = every.repository(each.name)
-            call.snapshot(repository, reference, name)
-            return repository
+            found.append(every.repository(each.name))
         except OutlastError as exc:
-            failure = failure or exc
-    assert failure is not None
-    raise failure
+            failures.append(exc)
+    if not found:
+        raise failures[0]
+    wanted = call.snapshot(Together(found), reference, name).id
+    return next(each for each in found if wanted in each.state.snapshots)
 
 
 def tiers(call: Call, policy: Policy) -> dict[str, Repository]:

@@ -35,8 +35,8 @@ def prove(repository: Repository, snapshots: Sequence[Snapshot], *, trust_second
     """Read the packs that hold what these snapshots need, each once, and commit what was found.
 
     A pack that the log says was read whole, and right, in the last `trust_seconds` is not read again, and none that is
-    archived; then the snapshot counts as proven since that time. Damage elsewhere in those packs hurts nobody here, and
-    is noted by pack.
+    archived; then the snapshot counts as proven since that time. A time to come is of a clock that was ahead, and is
+    not trusted. Damage elsewhere in those packs hurts nobody here, and is noted by pack.
     Raises `Unavailable` when the store can't be read: then nothing is noted. Raises `Archived` when packs that nobody
     has ever read lie in archives: what was found of the other snapshots is noted.
     """
@@ -58,7 +58,11 @@ def prove(repository: Repository, snapshots: Sequence[Snapshot], *, trust_second
         name
         for name in needed
         if name in state.damaged
-        or state.verified.get(name, "") <= (trusted_since if name not in repository.archived else "")
+        or not (
+            state.verified.get(name)
+            if name in repository.archived
+            else trusted_since < state.verified.get(name, "") <= now
+        )
     }
     report.packs_trusted = len(needed) - len(read)
     refs = [ref for name in sorted(read) if (ref := state.find(name)) is not None]

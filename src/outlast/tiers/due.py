@@ -24,6 +24,9 @@ from outlast.tiers.policy import DAY_SECONDS, KEEP_TAG, DrillPolicy, Policy, Tie
 _NS = 10**9
 _FOR_EVER = 1 << 80
 
+CLOCK_OFF_SECONDS = 600
+"""what the log dates further ahead than this is of a clock that was wrong: two clocks differ by less"""
+
 MEND_AGAIN_SECONDS = 3600
 """what a repair could not mend is tried again after so long"""
 
@@ -107,8 +110,11 @@ class Facts:
         self.now_ns = now_ns
         every = {identity: snapshot for each in held for identity, snapshot in each.snapshots.items()}
         began = {identity: _began_ns(snapshot, now_ns) for identity, snapshot in every.items()}
-        newest = _newest_of_each(every.values(), began)
-        full = _newest_of_each(filter(is_full, every.values()), began)
+        # Made while a clock was ahead, a snapshot would count as just made until that time has come, and nothing would
+        # be backed up. It is kept like one of now; but the last one is another.
+        dated = [each for each in every.values() if began[each.id] < now_ns or self.past_ns(each.time)]
+        newest = _newest_of_each(dated, began)
+        full = _newest_of_each(filter(is_full, dated), began)
         self.intervals = {each.name: intervals(each, newest.get(each.name)) for each in policy.sources}
         self.every = {
             identity: Known(snapshot, began[identity], self._until_ns(snapshot, began[identity]))
@@ -120,6 +126,11 @@ class Facts:
         self.last_in = {tier: self._last_in(its, began) for tier, its in self.held.items()}
         """tier -> name -> the newest snapshot that it holds"""
         lasting = {each.id for each in (*newest.values(), *full.values())}
+        if any(each.hurt for each in held):
+            # One that is damaged in every tier takes no place of one that is whole.
+            whole = [each for each in dated if any(self.holds(tier, each.id) for tier in self.held)]
+            for some in (whole, filter(is_full, whole)):
+                lasting.update(each.id for each in _newest_of_each(some, began).values())
         lasting.update(*(each.resumed for each in held))
         lasting.update(each.id for each in every.values() if each.tags and has_tag(each, KEEP_TAG))
         self.kept = {tier.name: self._kept(tier, lasting) for tier in policy.tiers}
@@ -155,10 +166,14 @@ class Facts:
         """The nearest other tier that holds it, one from which nothing is archived before others; "" for none."""
         return next((tier for tier in self._readable_first if tier != without and self.holds(tier, snapshot)), "")
 
+    def past_ns(self, text: str | None) -> int:
+        """A time of the log; 0 for none, for one that can't be read, and for one that is yet to come."""
+        at_ns = _ns_or_zero(text) if text else 0
+        return 0 if at_ns > self.now_ns + CLOCK_OFF_SECONDS * _NS else at_ns
+
     def proven_ns(self, tier: str, snapshot: str) -> int:
         """When it was last proven there; 0 for never."""
-        found = self.held[tier].proven.get(snapshot)
-        return _ns_or_zero(found) if found else 0
+        return self.past_ns(self.held[tier].proven.get(snapshot))
 
 
 def plan(policy: Policy, held: Sequence[Held], now_ns: int) -> Plan:
@@ -210,7 +225,7 @@ def _mends(facts: Facts) -> Iterator[Task]:
             if each in held.snapshots and (origin := facts.origin(each, tier)):
                 by_origin.setdefault(origin, []).append(facts.every[each])
         for origin, found in by_origin.items():
-            last_ns = max(_ns_or_zero(held.hurt[known.snapshot.id]) for known in found)
+            last_ns = max(facts.past_ns(held.hurt[known.snapshot.id]) for known in found)
             due_ns, why = last_ns + MEND_AGAIN_SECONDS * _NS, f"found damaged, and whole in {origin}"
             yield _task("mend", due_ns, why, tier, found, origin=origin)
 
@@ -358,14 +373,12 @@ def _drills(facts: Facts) -> Iterator[Task]:
         policy: DrillPolicy | None = source.drill if source else facts.policy.run_drill
         if policy is None:
             continue
-        made = [
-            (_ns_or_zero(held.drills[name].time), held.drills[name])
-            for held in facts.held.values()
-            if name in held.drills
-        ]
+        drills = {tier: held.drills[name] for tier, held in facts.held.items() if name in held.drills}
+        times = {tier: facts.past_ns(drill.time) for tier, drill in drills.items()}
+        made = [(times[tier], drill) for tier, drill in drills.items() if times[tier]]
         turns = [
-            (_ns_or_zero(held.drills[name].time) if name in held.drills else 0, number, tier)
-            for number, (tier, held) in enumerate(facts.held.items())
+            (times.get(tier, 0), number, tier)
+            for number, tier in enumerate(facts.held)
             if facts.holds(tier, newest.snapshot.id) and not facts.policy.tiers[number].archive_class
         ]
         if not turns:

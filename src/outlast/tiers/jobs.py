@@ -16,13 +16,15 @@ import blake3
 import msgspec
 
 from outlast.clock import Clock
-from outlast.errors import Busy, OutlastError, StoreFull
+from outlast.errors import Busy, OutlastError, Refused, StoreFull, Unavailable
 from outlast.events import Event, EventSink
 from outlast.repo.state import LEASE
-from outlast.store.lease import Lease, acquire
-from outlast.tiers.due import Held, Plan, Task, plan
+from outlast.store.base import ObjectStore
+from outlast.store.lease import Lease, acquire, store_time_seconds
+from outlast.tiers.due import CLOCK_OFF_SECONDS, Held, Plan, Task, plan
 from outlast.tiers.places import Places
 from outlast.tiers.policy import Policy
+from outlast.tiers.status import about
 from outlast.tiers.work import Done, perform
 
 LOOK_SECONDS = 30.0
@@ -50,13 +52,15 @@ class Board:
 
     def plan(self, now_ns: int, *, fresh: bool = False) -> Plan:
         with self._lock:
-            if fresh or self._made is None or now_ns - self._made[0] > LOOK_SECONDS * _NS:
+            # A clock that was set back leaves what was made in the future.
+            if fresh or self._made is None or not 0 <= now_ns - self._made[0] <= LOOK_SECONDS * _NS:
                 self._made = now_ns, plan(self.places.policy, self._look(now_ns), now_ns)
             return self._made[1]
 
     def _look(self, now_ns: int) -> list[Held]:
         held = zip(self.places.policy.tiers, self.places.look(), strict=True)
-        full = {tier for tier, until_ns in self._full_until_ns.items() if until_ns > now_ns}
+        longest_ns = _RETRY_SECONDS_MAX * _NS
+        full = {tier for tier, until_ns in self._full_until_ns.items() if 0 < until_ns - now_ns <= longest_ns}
         return [msgspec.structs.replace(each, full=True) if tier.name in full else each for tier, each in held]
 
 
@@ -79,15 +83,18 @@ class Job:
         tried: set[_Key] = set()
         while True:
             mine = [task for task in self._board.plan(now_ns).tasks if self._is_mine(task)]
-            due = [task for task in mine if self._ready_ns(task) <= now_ns and _key(task) not in tried]
+            ready = [self._ready_ns(task, now_ns) for task in mine]
+            due = [task for task, at_ns in zip(mine, ready, strict=True) if at_ns <= now_ns and _key(task) not in tried]
             if not due:
-                return min((max(self._ready_ns(task), now_ns + _NS) for task in mine), default=now_ns + 86_400 * _NS)
+                return max(now_ns + _NS, min(ready, default=now_ns + 86_400 * _NS))
             tried.add(_key(due[0]))
             self._do(due[0], now_ns)
             now_ns = max(now_ns, self._clock.now_ns())
 
-    def _ready_ns(self, task: Task) -> int:
-        return max(task.due_ns, self._failed.get(_key(task), (0, 0))[1])
+    def _ready_ns(self, task: Task, now_ns: int) -> int:
+        again_ns = self._failed.get(_key(task), (0, 0))[1]
+        longest_ns = max(_RETRY_SECONDS_MAX, self._places.policy.lease_seconds) * _NS
+        return max(task.due_ns, again_ns) if again_ns - now_ns <= longest_ns else task.due_ns  # else it was set back
 
     def _do(self, task: Task, now_ns: int) -> None:
         key = _key(task)
@@ -96,15 +103,18 @@ class Job:
         except Busy as exc:
             self._failed[key] = 0, now_ns + self._places.policy.lease_seconds * _NS // 2
             self._tell("job.left", task, f"is left to others: {exc.message}")
-        except (OutlastError, OSError) as exc:
+        except Exception as exc:  # noqa: BLE001  one that nobody foresaw must not keep the job from its other tasks
             self.failures += 1
-            if isinstance(exc, StoreFull) and task.kind in ("backup", "copy"):
+            if isinstance(exc, StoreFull) or (task.kind == "backup" and isinstance(exc, Unavailable)):
                 self._board.note_full(task.tier, now_ns)
             count = self._failed.get(key, (0, 0))[0] + 1
             wait = min(_RETRY_SECONDS_MAX, _RETRY_SECONDS * 2 ** (count - 1))
             self._failed[key] = count, now_ns + wait * _NS
             self._places.forget(task.tier)
-            self._tell("job.failed", task, f"failed, and is tried again in {wait} s: {exc}")
+            what = f"{type(exc).__name__}: {exc}"
+            if isinstance(exc, OutlastError):
+                what = f"{exc.message} {exc.hint}".rstrip()
+            self._tell("job.failed", task, f"failed, and is tried again in {wait} s: {what}")
         else:
             self._failed.pop(key, None)
             if done is not None:
@@ -119,7 +129,13 @@ class Job:
         seconds, owner = self._places.policy.lease_seconds, f"{socket.gethostname()}, process {os.getpid()}"
         name = lease_name(self.name)
         used = repository.state.fences.get(name, 0)
-        lease = acquire(repository.store, name, owner, seconds, self._clock, used)
+        try:
+            lease = acquire(repository.store, name, owner, seconds, self._clock, used)
+        except Busy:
+            raise
+        except Exception:
+            self._board.note_full(task.tier, self._clock.now_ns())  # read-only, broken, or full: it can't be written
+            raise
         with lease.kept():
             if lease.was_left:
                 self._fence_off(lease, task.tier)
@@ -127,8 +143,20 @@ class Job:
             current = next((each for each in fresh.due(self._clock.now_ns()) if _key(each) == _key(task)), None)
             if current is None:
                 return None
+            if current.kind == "drop":
+                self._check_clock(repository.store)
             self._tell("job.began", current, f"began: {current.reason}")
             return perform(current, self._places, (lease.name, lease.token))
+
+    def _check_clock(self, store: ObjectStore) -> None:
+        """A clock that is ahead would make everything old enough to go: a server's is asked as well."""
+        theirs_seconds = store_time_seconds(store, self._clock.random_bytes(8).hex())
+        off_seconds = self._clock.now_ns() / _NS - theirs_seconds
+        if abs(off_seconds) > CLOCK_OFF_SECONDS:
+            direction = "ahead of" if off_seconds > 0 else "behind"
+            raise Refused(
+                f"the clock here is {about(abs(off_seconds))} {direction} that of {store.url}; nothing was dropped."
+            )
 
     def _fence_off(self, lease: Lease, tier: str) -> None:
         """Who had the lease may only be slow: from this entry on nothing of theirs is committed."""
@@ -169,7 +197,8 @@ def _in(tier: str, *kinds: str) -> Callable[[Task], bool]:
 
 
 def _key(task: Task) -> _Key:
-    return task.kind, task.tier, task.name or task.origin
+    # Full backups are proven for another reason than copies are: the one must not wait for the other.
+    return task.kind, task.tier, task.name or task.origin or ("full" if task.full else "")
 
 
 def lease_name(job: str) -> str:

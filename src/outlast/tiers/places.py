@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 from outlast.clock import Clock
 from outlast.errors import NoRepository, NotFound, OutlastError
+from outlast.repo.log import entry_name
 from outlast.repo.repository import Repository
+from outlast.repo.seal import digest
 from outlast.store.base import ObjectStore
 from outlast.store.layers import ThrottledStore
 from outlast.tiers.due import Held
@@ -33,6 +35,8 @@ class Places:
         found = self.tier(tier)
         rate = found.bandwidth_bytes_per_second if throttled else None
         key = tier, rate is not None
+        if key in self._opened and not _is_there_still(self._opened[key]):
+            self.forget(tier)
         if key not in self._opened:
             store = self._store_of(found)
             self._opened[key] = self._open(store if rate is None else ThrottledStore(store, rate, self.clock))
@@ -54,11 +58,11 @@ class Places:
         try:
             repository = self.repository(tier)
             repository.refresh()
-            repository.store.stat("format")  # an empty store in its place would have no newer entries either
+        except OSError as exc:
+            self.forget(tier)
+            return Held(problem=str(exc))
         except OutlastError as exc:
             self.forget(tier)
-            if isinstance(exc, NotFound):
-                return Held(problem=f"there is no repository at {self.tier(tier).url} any more.")
             hint = (
                 " Mount the disk; where it is new or lost, `outlast init --config FILE` makes one."
                 if isinstance(exc, NoRepository)
@@ -73,3 +77,18 @@ class Places:
             dict(state.drills),
             frozenset(state.resumed),
         )
+
+
+def _is_there_still(repository: Repository) -> bool:
+    """Whether the store holds what was opened. Raises `Unavailable`.
+
+    Another repository may stand in its place by now, or an older state of this one, copied back. What is known of it
+    would be wrong, and an entry that follows on what isn't there would end its log for every reader.
+    """
+    store, state = repository.store, repository.state
+    try:
+        if digest(store.get("format")).hex() != repository.log.anchor:
+            return False
+        return not state.seq or digest(store.get(entry_name(state.seq))).hex() == state.head_hash
+    except NotFound:
+        return False

@@ -10,7 +10,6 @@ from typing import Literal
 
 import msgspec
 
-from outlast.records import time_ns
 from outlast.repo.state import Drill
 from outlast.tiers.due import Facts, Held, Lag, plan, span
 from outlast.tiers.policy import Policy, rpo_seconds
@@ -78,7 +77,8 @@ def status(policy: Policy, held: Sequence[Held], now_ns: int) -> Status:
 
 def _named(facts: Facts, name: str, snapshots: int) -> Named:
     source, newest = facts.policy.source(name), facts.newest.get(name)
-    made = [(time_ns(each.drills[name].time), tier) for tier, each in facts.held.items() if name in each.drills]
+    drills = ((each.drills.get(name), tier) for tier, each in facts.held.items())
+    made = [(at_ns, tier) for drill, tier in drills if drill and (at_ns := facts.past_ns(drill.time))]
     at_ns, tier = max(made, default=(0, ""))
     return Named(
         name,

@@ -18,6 +18,7 @@ from outlast.repo.copy import copy
 from outlast.repo.prove import prove
 from outlast.repo.prune_plan import Policy as PrunePolicy
 from outlast.repo.repository import Repository
+from outlast.repo.scrub import Data
 from outlast.repo.state import PROVEN, State
 from outlast.tiers.drill import Commands, drill
 from outlast.tiers.due import Task
@@ -107,7 +108,7 @@ def _prove(task: Task, places: Places, repository: Repository) -> Done:
 
 def _mend(task: Task, places: Places, repository: Repository) -> Done:
     """Fetch what is damaged from the other tier, and look whether the snapshots are whole then."""
-    found = repair(repository, data="none", origin=RepositoryOrigin(places.repository(task.origin)))
+    found = repair(repository, data=_doubtful(repository), origin=RepositoryOrigin(places.repository(task.origin)))
     if found.refused:
         raise Corrupt(f"{task.tier} can't be repaired: {found.refused}")
     places.forget(task.tier)
@@ -115,9 +116,22 @@ def _mend(task: Task, places: Places, repository: Repository) -> Done:
     again.log.fence = repository.log.fence
     report = prove(again, _snapshots(task, again), trust_seconds=places.policy.verified_within_seconds / 2)
     again.log.fence = None
+    if report.damaged:
+        # Then what it was to be fetched from isn't whole either, as was believed: another tier's turn is next.
+        origin = places.repository(task.origin)
+        prove(origin, [each for each in _snapshots(task, origin) if each.id in report.damaged])
     problems = tuple(f"snapshot {each[:8]} is damaged still: {problem}" for each, problem in report.damaged.items())
     text = f"mended {_count(report.proven)} from {task.origin}, {found.bytes_found:,} bytes fetched"
     return Done(task, text, problems, tuple(report.proven), found.bytes_found)
+
+
+def _doubtful(repository: Repository) -> Data:
+    """The share of the packs that were not found right when last read: a repair reads those first, and mends what it
+    reads."""
+    state = repository.state
+    total = sum(pack.bytes for pack in state.packs.values())
+    bad = sum(pack.bytes for name, pack in state.packs.items() if name not in state.verified)
+    return "all" if bad == total else bad / total if bad else "none"
 
 
 def _drop(task: Task, places: Places, repository: Repository) -> Done:
