@@ -119,7 +119,8 @@ def agent(call: Call, config: str | None, once: bool) -> int:
 
     It keeps nothing: what is due follows from the logs of the tiers. It may be killed at any time, moved to another
     machine, or run several times at once; a lease in each tier keeps two from doing the same work. What it does, and
-    why, is told line by line; `outlast plan` tells it beforehand. With --once exit code 3 says that something failed.
+    why, is told line by line; `outlast plan` tells it beforehand. With --once exit code 3 says that something failed,
+    1 that no tier can be read.
     """
     from outlast.agent import once as do_once
     from outlast.tiers.jobs import jobs
@@ -130,8 +131,15 @@ def agent(call: Call, config: str | None, once: bool) -> int:
     if not once:
         return _serve(call, made, teller)
     do_once(made, SYSTEM_CLOCK)
-    document = {"done": teller.done, "failed": teller.failed, "problems": teller.problems}
+    document = {
+        "done": teller.done,
+        "failed": teller.failed,
+        "problems": teller.problems,
+        "unreadable": teller.unreadable,
+    }
     call.printer.result(document, _once_lines(teller))
+    if len(teller.unreadable) == len(policy.tiers):
+        return FAILED
     return PARTLY_DONE if teller.failed or teller.problems else 0
 
 
@@ -139,7 +147,8 @@ def _once_lines(teller: _Teller) -> Iterator[str]:
     told = [count_text(len(teller.done), "task") + " done"]
     told += [f"{len(teller.failed):,} failed"] if teller.failed else []
     told += [count_text(len(teller.problems), "problem")] if teller.problems else []
-    yield f"{', '.join(told)}." if teller.done or teller.failed else "Nothing was due."
+    told += [count_text(len(teller.unreadable), "tier") + " can't be read"] if teller.unreadable else []
+    yield f"{', '.join(told)}." if teller.done or teller.failed or teller.unreadable else "Nothing was due."
 
 
 def _serve(call: Call, made: list[Any], teller: _Teller) -> int:
@@ -177,7 +186,10 @@ class _Teller:
         self.done: list[dict[str, Any]] = []
         self.failed: list[dict[str, Any]] = []
         self.problems: list[str] = []
+        self.unreadable: dict[str, str] = {}
+        """tier -> why it can't be read"""
         self._call = call
+        self._json = call.options.json or call.options.json_lines
         self._quiet = call.options.json or call.options.json_lines or call.options.quiet
         self._lock = threading.Lock()
 
@@ -190,8 +202,13 @@ class _Teller:
                     self._call.printer.warn(problem)
             elif event.kind in ("job.failed", "job.bug"):
                 self.failed.append({"reason": event.reason, **event.fields})
-        self._call.printer.event(event)
-        if event.kind in ("job.began", "job.done", "job.left"):
+            elif event.kind == "tier.unreadable":
+                self.unreadable[event.fields["tier"]] = event.reason
+        if event.kind in ("job.failed", "job.bug", "tier.unreadable") and not self._json:
+            self._call.printer.warn(event.reason)  # each of them: of events only the first ones are told
+        else:
+            self._call.printer.event(event)
+        if event.kind in ("job.began", "job.done", "job.left", "tier.back"):
             self.say(event.reason)
 
     def say(self, text: str) -> None:
