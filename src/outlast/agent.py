@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from outlast.clock import Clock
@@ -65,7 +66,8 @@ class Agent:
                 wait_seconds = min(LOOK_SECONDS, (job.step(now_ns) - self._clock.now_ns()) / 1e9)
             except Exception as exc:  # noqa: BLE001  a job that fails in a way nobody foresaw must not end the others
                 what = f"the job {job.name} failed, and goes on in {LOOK_SECONDS:.0f} s: {type(exc).__name__}: {exc}"
-                self._sink.event(Event("job.bug", what, {"job": job.name}))
+                with suppress(Exception):  # who listens may be what failed
+                    self._sink.event(Event("job.bug", what, {"job": job.name}))
             with self._change:
                 if job.worked:
                     self._changes += 1

@@ -206,7 +206,16 @@ def test_a_tier_that_is_away_is_told_and_the_others_go_on(shell: Shell) -> None:
     (team.folder / "models").mkdir()
     team.shell("init", "--config", "outlast.yaml")
     shutil.rmtree(team.folder / "not-mounted")
-    team.shell("agent", "--once")
+    team.shell("agent", "--once", code=3)
     told = team.shell("status", code=1)
     assert "MISSED: far can't be read" in told.out
     assert "not-mounted" not in os.listdir(team.folder), "an agent makes no repository where a disk is not mounted"
+
+
+def test_once_fails_where_no_tier_can_be_read(shell: Shell) -> None:
+    team = Team(shell, CONFIG.replace("s3://vault/team", "./far"))
+    (team.folder / "models").mkdir()
+    told = team.shell("agent", "--once", code=1)
+    assert "hot can't be read: there is no repository" in told.err
+    assert "Nothing was due" not in told.out
+    assert set(team.shell("agent", "--once", "--json", code=1).json["unreadable"]) == {"hot", "warm", "cold", "far"}

@@ -204,3 +204,16 @@ def test_what_was_read_at_a_time_to_come_is_read_again(team: Team) -> None:
     team.damage("warm")
     repository = team.repository("warm")
     assert prove(repository, repository.snapshots(), trust_seconds=DAY).damaged
+
+
+def test_a_tier_that_cannot_be_read_is_told_once_and_when_it_is_back(team: Team) -> None:
+    team.work(0)
+    store = team.stores["warm"]
+    form = store.get("format")
+    store.delete("format")
+    team.work(60, steps=5)
+    assert len(team.told("tier.unreadable")) == 1
+    assert not team.told("tier.back")
+    store.put("format", [form])
+    team.work(60, steps=2)
+    assert team.told("tier.back") == ["warm can be read again."]

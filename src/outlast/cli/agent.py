@@ -112,7 +112,7 @@ def places(call: Call, policy: Policy) -> Places:
     )
 
 
-@click.command(cls=Command, codes=(3,), when_stopped="What was committed is whole; the rest is done next time.")
+@click.command(cls=Command, codes=(3, 10, 12), when_stopped="What was committed is whole; the rest is done next time.")
 @CONFIG
 @click.option("--once", is_flag=True, help="Do what is due now, and end: for cron and Kubernetes.")
 def agent(call: Call, config: str | None, once: bool) -> int:
@@ -121,26 +121,29 @@ def agent(call: Call, config: str | None, once: bool) -> int:
     It keeps nothing: what is due follows from the logs of the tiers. It may be killed at any time, moved to another
     machine, or run several times at once; a lease in each tier keeps two from doing the same work. What it does, and
     why, is told line by line; `outlast plan` tells it beforehand. outlast.yaml is read once, at the start. With
-    --once exit code 3 says that something failed.
+    --once exit code 3 says that something failed, or that a tier can't be read.
     """
     from outlast.agent import once as do_once
     from outlast.tiers.jobs import jobs
 
     policy = load(call, config).policy
-    teller = _Teller(call)
-    made = jobs(policy, places(call, policy), teller, one_thread=once)
+    teller, every = _Teller(call), places(call, policy)
+    if all(held.problem for held in every.look()):
+        every.repository(policy.tiers[0].name)  # raises what is wrong: there is nothing to work on
+    made = jobs(policy, every, teller, one_thread=once)
     if not once:
         return _serve(call, made, teller)
     do_once(made, SYSTEM_CLOCK)
     call.printer.result(teller.document(), _once_lines(teller))
-    return PARTLY_DONE if teller.failed or teller.problems else 0
+    return PARTLY_DONE if teller.failed or teller.problems or teller.unreadable else 0
 
 
 def _once_lines(teller: _Teller) -> Iterator[str]:
     told = [count_text(len(teller.done), "task") + " done"]
     told += [f"{len(teller.failed):,} failed"] if teller.failed else []
     told += [count_text(len(teller.problems), "problem")] if teller.problems else []
-    yield f"{', '.join(told)}." if teller.done or teller.failed else "Nothing was due."
+    told += [count_text(len(teller.unreadable), "tier") + " can't be read"] if teller.unreadable else []
+    yield f"{', '.join(told)}." if teller.done or teller.failed or teller.unreadable else "Nothing was due."
 
 
 def _serve(call: Call, made: list[Any], teller: _Teller) -> int:
@@ -180,13 +183,16 @@ class _Teller:
         self.done: deque[dict[str, Any]] = deque(maxlen=_LISTED_MAX)
         self.failed: deque[dict[str, Any]] = deque(maxlen=_LISTED_MAX)
         self.problems: deque[str] = deque(maxlen=_LISTED_MAX)
+        self.unreadable: dict[str, str] = {}
+        """tier -> why it can't be read"""
         self._call = call
         self._quiet = call.options.json or call.options.json_lines or call.options.quiet
         self._lock = threading.Lock()
 
     def document(self) -> dict[str, Any]:
         with self._lock:
-            return {"done": list(self.done), "failed": list(self.failed), "problems": list(self.problems)}
+            told = {"done": list(self.done), "failed": list(self.failed), "problems": list(self.problems)}
+            return {**told, "unreadable": dict(self.unreadable)}
 
     def event(self, event: Event) -> None:
         problems = event.fields.get("problems", [])
@@ -197,11 +203,16 @@ class _Teller:
                 self.done.append({"reason": event.reason, **event.fields})
             elif is_failure:
                 self.failed.append({"reason": event.reason, **event.fields})
+            elif event.kind == "tier.unreadable":
+                self.unreadable[event.fields["tier"]] = event.reason
+            elif event.kind == "tier.back":
+                self.unreadable.pop(event.fields["tier"], None)
+        is_failure = is_failure or event.kind == "tier.unreadable"
         for problem in [*problems, *([event.reason] if is_failure else [])]:
             self._call.printer.warn(problem)  # as an event only the first hundred would be told
         if not is_failure or self._call.options.json_lines:
             self._call.printer.event(event)
-        if event.kind in ("job.began", "job.done", "job.left"):
+        if event.kind in ("job.began", "job.done", "job.left", "tier.back"):
             self.say(event.reason)
 
     def say(self, text: str) -> None:
@@ -216,7 +227,7 @@ class _Teller:
         return
 
 
-@click.command(cls=Command, codes=())
+@click.command(cls=Command, codes=(3,))
 @CONFIG
 @click.option("--all", "everything", is_flag=True, help="Also what is not due yet.")
 def plan(call: Call, config: str | None, everything: bool) -> int:
@@ -237,7 +248,7 @@ def plan(call: Call, config: str | None, everything: bool) -> int:
         "lags": msgspec.to_builtins(made.lags),
     }
     call.printer.result(document, _plan_lines(made, tasks, now_ns), always=True)
-    return 0
+    return PARTLY_DONE if any(lag.problem for lag in made.lags) else 0
 
 
 def _plan_lines(made: Plan, tasks: list[Task], now_ns: int) -> Iterator[str]:

@@ -105,25 +105,29 @@ def init(call: Call, encrypt: bool, compression: str, lock_days: int | None, con
 def _init_tiers(
     call: Call, config: str, compression: Literal["auto", "none", "zstd"], secret: Secret | None, lock_days: int
 ) -> None:
+    from outlast import expect_encrypted
     from outlast.errors import NoRepository
     from outlast.repo.repository import Repository
     from outlast.store.layers import open_store
 
     secret = cache(secret) if secret else None
-    made: list[str] = []
+    made: dict[str, ObjectStore] = {}
     there: list[str] = []
     for tier in load(call, config).policy.tiers:
         store = open_store(tier.url)
         try:
-            Repository.connect(store, secret=secret)
+            found = Repository.connect(store, secret=secret)
+            if secret:
+                expect_encrypted(found)
             there.append(tier.name)
         except NoRepository:
-            Repository.create(store, secret=secret, compression=compression, lock_days=lock_days, sink=call.printer)
-            made.append(tier.name)
+            made[tier.name] = store
+    for store in made.values():  # once it is known that the others are there, and open with this passphrase or without
+        Repository.create(store, secret=secret, compression=compression, lock_days=lock_days, sink=call.printer)
     lines = [f"Made {count_text(len(made), 'tier')}: {', '.join(made)}." if made else "Made no tier."]
     if there:
         lines.append(f"There already: {', '.join(there)}.")
-    call.printer.result({"made": made, "there": there}, lines)
+    call.printer.result({"made": list(made), "there": there}, lines)
 
 
 @click.command(

@@ -94,7 +94,7 @@ class State(msgspec.Struct, omit_defaults=True):
     ignored: list[str] = []
     """damaged derived objects that need not be told again"""
     damaged: dict[str, str] = {}
-    """live packs that were last read to be damaged -> when, RFC 3339; new work doesn't rely on them"""
+    """live packs that were last read to be damaged -> when it was first seen, RFC 3339; new work won't rely on them"""
     verified: dict[str, str] = {}
     """pack -> when every stored byte of it was last read and found right, RFC 3339"""
     epoch: int = 1
@@ -234,7 +234,7 @@ def _verified(state: State, entry: LogEntry) -> None:
             state.damaged.pop(name, None)
     for name in _names(entry, "damaged"):
         if name in state.packs:
-            state.damaged[name] = entry.time
+            state.damaged.setdefault(name, entry.time)
             state.verified.pop(name, None)
 
 

@@ -101,7 +101,7 @@ def acquire(store: ObjectStore, name: str, owner: str, seconds: float, clock: Cl
     assert _NAME.fullmatch(name), name
     tokens = _tokens(store, name)
     last = max(tokens, default=0)
-    was_left = bool(last) and _is_left(store, name, last)
+    was_left = _is_left(store, name, last) if last else above > 0  # its objects were lost, so nobody knows of its end
     token = max(last, above) + 1
     record = Record(owner, seconds, clock.random_bytes(8).hex())
     try:

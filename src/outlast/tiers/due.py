@@ -40,6 +40,8 @@ class Held(msgspec.Struct, frozen=True):
     """in the order of commit"""
     proven: dict[str, str] = {}
     hurt: dict[str, str] = {}
+    damaged: dict[str, str] = {}
+    """packs that were found damaged, by whatever looked -> when"""
     drills: dict[str, Drill] = {}
     resumed: frozenset[str] = frozenset()
     """checkpoints that runs went on from"""
@@ -90,6 +92,16 @@ class Plan(msgspec.Struct, frozen=True):
         return [task for task in self.tasks if task.due_ns <= now_ns]
 
 
+Series = tuple[Literal["source", "run"], str]
+"""Snapshots of one name that follow on each other. A run, or a folder of a trainer's that is watched, is another series
+than a source of the same name."""
+
+
+def series(snapshot: Snapshot) -> Series:
+    is_run = snapshot.kind == "checkpoint" or "checkpoint" in snapshot.tags
+    return ("run" if is_run else "source"), snapshot.name
+
+
 class Known(NamedTuple):
     """A snapshot, and what of it is worked out once."""
 
@@ -115,7 +127,9 @@ class Facts:
         dated = [each for each in every.values() if began[each.id] < now_ns or self.past_ns(each.time)]
         newest = _newest_of_each(dated, began)
         full = _newest_of_each(filter(is_full, dated), began)
-        self.intervals = {each.name: intervals(each, newest.get(each.name)) for each in policy.sources}
+        self.intervals = {
+            ("source", each.name): intervals(each, newest.get(("source", each.name))) for each in policy.sources
+        }
         self.every = {
             identity: Known(snapshot, began[identity], self._until_ns(snapshot, began[identity]))
             for identity, snapshot in every.items()
@@ -124,7 +138,7 @@ class Facts:
         self.newest = {name: self.every[each.id] for name, each in newest.items()}
         self.newest_full = {name: self.every[each.id] for name, each in full.items()}
         self.last_in = {tier: self._last_in(its, began) for tier, its in self.held.items()}
-        """tier -> name -> the newest snapshot that it holds"""
+        """tier -> series -> the newest snapshot that it holds"""
         lasting = {each.id for each in (*newest.values(), *full.values())}
         if any(each.hurt for each in held):
             # One that is damaged in every tier takes no place of one that is whole.
@@ -136,17 +150,17 @@ class Facts:
         self.kept = {tier.name: self._kept(tier, lasting) for tier in policy.tiers}
         """tier -> every snapshot that it is to hold, wherever that is now"""
 
-    def _last_in(self, held: Held, began: dict[str, int]) -> dict[str, Snapshot]:
-        found = {name: each.snapshot for name, each in self.newest.items() if each.snapshot.id in held.snapshots}
+    def _last_in(self, held: Held, began: dict[str, int]) -> dict[Series, Snapshot]:
+        found = {of: each.snapshot for of, each in self.newest.items() if each.snapshot.id in held.snapshots}
         others = (
-            [each for each in held.snapshots.values() if each.name not in found]
+            [each for each in held.snapshots.values() if series(each) not in found]
             if len(found) < len(self.newest)
             else []
         )
         return {**found, **_newest_of_each(others, began)}
 
     def _until_ns(self, snapshot: Snapshot, began_ns: int) -> int:
-        source = self.intervals.get(snapshot.name)
+        source = self.intervals.get(series(snapshot))
         return _FOR_EVER if source is None or is_full(snapshot) else began_ns + source.retention_seconds * _NS
 
     def _kept(self, tier: Tier, lasting: set[str]) -> dict[str, Known]:
@@ -187,7 +201,7 @@ def plan(policy: Policy, held: Sequence[Held], now_ns: int) -> Plan:
         found, lag = _copies(facts, number)
         copies += found
         lags.append(lag)
-    proofs = [*_proofs_of_full(facts), *_proofs_before_archiving(facts)]
+    proofs = [*_proofs_of_full(facts), *_proofs_after_damage(facts), *_proofs_before_archiving(facts)]
     tasks = [*_backups(facts), *_mends(facts), *copies, *proofs, *_drops(facts), *_drills(facts)]
     return Plan(tuple(tasks), tuple(lags))
 
@@ -200,9 +214,9 @@ def _backups(facts: Facts) -> Iterator[Task]:
         return
     for source in facts.policy.sources:
         found, newest, full = (
-            facts.intervals[source.name],
-            facts.newest.get(source.name),
-            facts.newest_full.get(source.name),
+            facts.intervals["source", source.name],
+            facts.newest.get(("source", source.name)),
+            facts.newest_full.get(("source", source.name)),
         )
         if newest is None:
             yield Task("backup", facts.now_ns, "there is no backup of it", first, source.name, full=True)
@@ -243,7 +257,7 @@ def _copies(facts: Facts, number: int) -> tuple[list[Task], Lag]:
         known
         for identity, known in facts.kept[tier.name].items()
         if identity not in held.snapshots
-        and (number or known.snapshot.name in facts.intervals)
+        and (number or series(known.snapshot) in facts.intervals)
         and facts.origin(identity, tier.name)
     ]
     if not missing:
@@ -271,14 +285,31 @@ def _proofs_of_full(facts: Facts) -> Iterator[Task]:
     first = facts.policy.tiers[0].name
     unproven = [
         known
-        for name, known in facts.newest_full.items()
-        if known.snapshot.kind == "backup"
+        for (kind, _), known in facts.newest_full.items()
+        if kind == "source"
         and facts.holds(first, known.snapshot.id)
         and known.snapshot.id not in facts.held[first].proven
     ]
     if unproven:
         task = _task("prove", facts.now_ns, "a full backup is verified end to end", first, unproven)
         yield msgspec.structs.replace(task, full=True)
+
+
+def _proofs_after_damage(facts: Facts) -> Iterator[Task]:
+    """Where packs were found damaged, by a check for example: which snapshots that hurts, every byte read, is told
+    by a proof; then they are mended."""
+    for tier, held in facts.held.items():
+        if not held.damaged:
+            continue
+        found_ns = max(facts.past_ns(each) for each in held.damaged.values())
+        unsure = [
+            facts.every[each]
+            for each in held.snapshots
+            if each not in held.hurt and facts.proven_ns(tier, each) < found_ns
+        ]
+        if unsure:
+            task = _task("prove", facts.now_ns, "damage was found there", tier, unsure)
+            yield msgspec.structs.replace(task, full=True)
 
 
 def _proofs_before_archiving(facts: Facts) -> Iterator[Task]:
@@ -306,6 +337,7 @@ def _drops(facts: Facts) -> Iterator[Task]:
     wanted: dict[str, dict[str, Known]] = {}
     proofs_ns: dict[str, int] = {}
     drops = []
+    is_blind = any(held.problem for held in facts.held.values())
     for number, tier in enumerate(facts.policy.tiers):
         held = facts.held[tier.name]
         if held.problem:
@@ -314,6 +346,8 @@ def _drops(facts: Facts) -> Iterator[Task]:
         gone = [facts.every[each] for each in held.snapshots if each not in kept]
         go: list[Known] = []
         for known in gone:
+            if is_blind and known.snapshot.kind == "checkpoint":
+                continue  # that a run went on from it stands in the log of one tier alone
             unproven = _unproven_copies(facts, number, known)
             if unproven is None:
                 continue
@@ -368,9 +402,9 @@ def _next_midnight_ns(at_ns: int) -> int:
 
 def _drills(facts: Facts) -> Iterator[Task]:
     """Of each name a restore of its newest snapshot, from the tiers in turn: the one whose last was longest ago."""
-    for name, newest in facts.newest.items():
-        source = facts.policy.source(name)
-        policy: DrillPolicy | None = source.drill if source else facts.policy.run_drill
+    for (kind, name), newest in facts.newest.items():
+        source = facts.policy.source(name) if kind == "source" else None
+        policy: DrillPolicy | None = facts.policy.run_drill if kind == "run" else source.drill if source else None
         if policy is None:
             continue
         drills = {tier: held.drills[name] for tier, held in facts.held.items() if name in held.drills}
@@ -401,13 +435,14 @@ def _task(kind: Kind, due_ns: int, reason: str, tier: str, known: Iterable[Known
     return Task(kind, due_ns, reason, tier, snapshots=tuple(each.id for each in found), origin=origin, bytes=size)
 
 
-def _newest_of_each(snapshots: Iterable[Snapshot], began: dict[str, int]) -> dict[str, Snapshot]:
-    """name -> the newest; of two of one time the later one."""
-    newest: dict[str, Snapshot] = {}
+def _newest_of_each(snapshots: Iterable[Snapshot], began: dict[str, int]) -> dict[Series, Snapshot]:
+    """series -> the newest; of two of one time the later one."""
+    newest: dict[Series, Snapshot] = {}
     for snapshot in snapshots:
-        found = newest.get(snapshot.name)
+        of = series(snapshot)
+        found = newest.get(of)
         if found is None or began[snapshot.id] >= began[found.id]:
-            newest[snapshot.name] = snapshot
+            newest[of] = snapshot
     return newest
 
 

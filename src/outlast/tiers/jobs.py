@@ -39,8 +39,11 @@ _Key = tuple[str, str, str]
 class Board:
     """What is due, for all jobs of an agent: the tiers are looked at once for all. For any thread."""
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, places: Places, sink: EventSink) -> None:
         self.places = places
+        self.problems: dict[str, str] = {}
+        """tier -> why it could not be read when it was looked at last"""
+        self._sink = sink
         self._lock = threading.Lock()
         self._made: tuple[int, Plan] | None = None
         self._full_until_ns: dict[str, int] = {}
@@ -58,10 +61,22 @@ class Board:
             return self._made[1]
 
     def _look(self, now_ns: int) -> list[Held]:
-        held = zip(self.places.policy.tiers, self.places.look(), strict=True)
+        found = self.places.look()
+        self._tell_problems({t.name: each.problem for t, each in zip(self.places.policy.tiers, found, strict=True)})
+        held = zip(self.places.policy.tiers, found, strict=True)
         longest_ns = _RETRY_SECONDS_MAX * _NS
         full = {tier for tier, until_ns in self._full_until_ns.items() if 0 < until_ns - now_ns <= longest_ns}
         return [msgspec.structs.replace(each, full=True) if tier.name in full else each for tier, each in held]
+
+    def _tell_problems(self, problems: dict[str, str]) -> None:
+        """When it changes: nothing else would tell that there is nothing to do because nothing is known."""
+        for tier, problem in problems.items():
+            before = self.problems.get(tier, "")
+            if problem and not before:
+                self._sink.event(Event("tier.unreadable", f"{tier} can't be read: {problem}", {"tier": tier}))
+            elif before and not problem:
+                self._sink.event(Event("tier.back", f"{tier} can be read again.", {"tier": tier}))
+        self.problems = problems
 
 
 class Job:
@@ -109,8 +124,10 @@ class Job:
                 self._board.note_full(task.tier, now_ns)
             count = self._failed.get(key, (0, 0))[0] + 1
             wait = min(_RETRY_SECONDS_MAX, _RETRY_SECONDS * 2 ** (count - 1))
+            now_ns = max(now_ns, self._clock.now_ns())  # it may have failed after hours
             self._failed[key] = count, now_ns + wait * _NS
-            self._places.forget(task.tier)
+            for tier in filter(None, (task.tier, task.origin)):
+                self._places.forget(tier)
             what = f"{type(exc).__name__}: {exc}"
             if isinstance(exc, OutlastError):
                 what = f"{exc.message} {exc.hint}".rstrip()
@@ -128,6 +145,7 @@ class Job:
         repository = self._places.repository(task.tier)
         seconds, owner = self._places.policy.lease_seconds, f"{socket.gethostname()}, process {os.getpid()}"
         name = lease_name(self.name)
+        repository.refresh()
         used = repository.state.fences.get(name, 0)
         try:
             lease = acquire(repository.store, name, owner, seconds, self._clock, used)
@@ -175,7 +193,7 @@ class Job:
 
 def jobs(policy: Policy, places: Places, sink: EventSink, *, one_thread: bool = False) -> list[Job]:
     """Every job of the policy; those that come first matter most. `one_thread`: they will be called one by one."""
-    board = Board(places)
+    board = Board(places, sink)
 
     def job(name: str, is_mine: Callable[[Task], bool]) -> Job:
         return Job(name, is_mine, board, places if one_thread else places.another(), sink)

@@ -74,6 +74,7 @@ class Places:
             dict(state.snapshots),
             dict(state.proven),
             dict(state.hurt),
+            dict(state.damaged),
             dict(state.drills),
             frozenset(state.resumed),
         )

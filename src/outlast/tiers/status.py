@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from outlast.repo.state import Drill
-from outlast.tiers.due import Facts, Held, Lag, plan, span
+from outlast.tiers.due import Facts, Held, Lag, Series, plan, series, span
 from outlast.tiers.policy import Policy, rpo_seconds
 
 _NS = 10**9
@@ -24,7 +24,8 @@ class Named(msgspec.Struct, frozen=True):
     """A source, or a run."""
 
     name: str
-    kind: Literal["source", "run"]
+    kind: Literal["source", "run", "backup"]
+    """backup: of no source of the configuration"""
     snapshots: int
     """in all tiers, each counted once"""
     last_seconds: float | None
@@ -63,29 +64,27 @@ def status(policy: Policy, held: Sequence[Held], now_ns: int) -> Status:
     """`held`: one for each tier of the policy, in its order."""
     facts = Facts(policy, held, now_ns)
     lags = plan(policy, held, now_ns).lags
-    times: dict[str, list[int]] = {}
+    times: dict[Series, list[int]] = {("source", source.name): [] for source in policy.sources}
     for known in facts.every.values():
-        times.setdefault(known.snapshot.name, []).append(known.time_ns)
-    sources = [source.name for source in policy.sources]
-    names = tuple(
-        _named(facts, name, len(times.get(name, ()))) for name in [*sources, *sorted(times.keys() - set(sources))]
-    )
+        times.setdefault(series(known.snapshot), []).append(known.time_ns)
+    names = tuple(_named(facts, of, len(begun)) for of, begun in times.items())
     tiers = tuple(_standing(facts, number, lag) for number, lag in enumerate(lags))
     missed = [*_missed_names(facts, names, times), *_missed_tiers(facts, tiers)]
     return Status(names, tiers, tuple(missed))
 
 
-def _named(facts: Facts, name: str, snapshots: int) -> Named:
-    source, newest = facts.policy.source(name), facts.newest.get(name)
+def _named(facts: Facts, of: Series, snapshots: int) -> Named:
+    kind, name = of
+    source, newest = (facts.policy.source(name) if kind == "source" else None), facts.newest.get(of)
     drills = ((each.drills.get(name), tier) for tier, each in facts.held.items())
     made = [(at_ns, tier) for drill, tier in drills if drill and (at_ns := facts.past_ns(drill.time))]
     at_ns, tier = max(made, default=(0, ""))
     return Named(
         name,
-        "source" if source else "run",
+        "source" if source else "run" if kind == "run" else "backup",
         snapshots,
         _age(facts, newest.time_ns) if newest else None,
-        rpo_seconds(source, facts.intervals[name]) if source else None,
+        rpo_seconds(source, facts.intervals[of]) if source else None,
         facts.held[tier].drills[name] if tier else None,
         tier,
         _age(facts, at_ns) if tier else None,
@@ -102,20 +101,20 @@ def _standing(facts: Facts, number: int, lag: Lag) -> Standing:
     return Standing(tier.name, tier.url, len(held.snapshots), len(held.hurt), proven, lag)
 
 
-def _missed_names(facts: Facts, names: Sequence[Named], times: Mapping[str, Sequence[int]]) -> Iterator[str]:
-    """`times`: for each name when its snapshots were begun, in nanoseconds."""
-    for each in names:
-        source = facts.policy.source(each.name)
+def _missed_names(facts: Facts, names: Sequence[Named], times: Mapping[Series, Sequence[int]]) -> Iterator[str]:
+    """`times`: of each series when its snapshots were begun, in nanoseconds; in the order of `names`."""
+    for each, begun in zip(names, times.values(), strict=True):
+        source = facts.policy.source(each.name) if each.kind == "source" else None
         if each.last_seconds is None:
             yield f"{each.name} has no backup."
             continue
         if each.rpo_seconds is not None and each.last_seconds > each.rpo_seconds:
             age = about(each.last_seconds)
             yield f"the last backup of {each.name} is {age} old; tolerated are {span(each.rpo_seconds)}."
-        drill = source.drill if source else facts.policy.run_drill
+        drill = source.drill if source else facts.policy.run_drill if each.kind == "run" else None
         if drill is not None:
             late = _LATE_FACTOR * drill.every_seconds
-            if each.proof is None and _age(facts, min(times[each.name])) > late:
+            if each.proof is None and _age(facts, min(begun)) > late:
                 yield f"a restore of {each.name} was never rehearsed."
             elif each.proof_seconds is not None and each.proof_seconds > late:
                 age = about(each.proof_seconds)
