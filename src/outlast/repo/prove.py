@@ -33,9 +33,10 @@ class ProofReport(msgspec.Struct):
 def prove(repository: Repository, snapshots: Sequence[Snapshot], *, trust_seconds: float = 0.0) -> ProofReport:
     """Read the packs that hold what these snapshots need, each once, and commit what was found.
 
-    A pack that the log says was read whole, and right, in the last `trust_seconds` is not read again, nor an archived
-    one that ever was; then the snapshot counts as proven since that time. An archived one that never was proves
-    nothing, and is not noted. Damage elsewhere in those packs hurts nobody here, and is noted by pack.
+    A pack that the log says was read whole, and right, in the last `trust_seconds` is not read again; then the snapshot
+    counts as proven since that time. Nor is an archived one that ever was, and that proof stands. An archived one
+    that never was proves nothing, and is not noted. Damage elsewhere in those packs hurts nobody here, and is noted by
+    pack.
     Raises `Unavailable` when the store can't be read: then nothing is noted.
     """
     report = ProofReport()
@@ -82,7 +83,8 @@ def prove(repository: Repository, snapshots: Sequence[Snapshot], *, trust_second
             report.damaged[identity] = f"pack {packs[hurt][:16]}: {lost[hurt]}"
         else:
             report.proven.append(identity)
-            since[identity] = min((state.verified.get(each, now) for each in set(packs.values()) - read), default=now)
+            trusted = set(packs.values()) - read - repository.archived.keys()
+            since[identity] = min((state.verified.get(each, now) for each in trusted), default=now)
     for identity, problem in report.damaged.items():
         fields = {"snapshot": identity, "problem": problem}
         repository.sink.event(Event("snapshot.damaged", f"snapshot {identity[:8]} is damaged: {problem}", fields))
