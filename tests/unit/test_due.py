@@ -227,6 +227,33 @@ def test_a_full_backup_is_verified_where_it_was_made() -> None:
     assert not of("prove", tasks(held(FULL, hurt={"full": at(NOW)}))), "it was read, and is damaged"
 
 
+def test_what_gets_old_in_a_tier_that_archives_is_proven_once_more_and_never_again() -> None:
+    far = replace(TIERS[2], archive_class="GLACIER", archive_after_seconds=30 * DAY)
+    policy = Policy((TIERS[0], far), (MODELS,))
+    old = made("old", 30.5 * DAY, parent="")
+
+    def proofs(proven: dict[str, str], snapshot: Snapshot = old) -> list[tuple[str, ...]]:
+        found = of(
+            "prove", tasks(held(FULL, proven={"full": at(NOW)}), held(FULL, snapshot, proven=proven), policy=policy)
+        )
+        assert all(task.full and task.tier == "cold" and task.due_ns == NOW * NS for task in found)
+        return [task.snapshots for task in found]
+
+    assert proofs({}) == [("old",)]
+    assert proofs({"old": at(NOW - 20 * DAY)}) == [("old",)], "it was too young to be moved then"
+    assert proofs({"old": at(NOW)}) == []
+    assert proofs({}, made("old", 29 * DAY, parent="")) == []
+
+
+def test_what_is_archived_is_copied_from_only_where_nobody_else_has_it() -> None:
+    archiving = replace(TIERS[1], archive_class="GLACIER")
+    policy = Policy((TIERS[0], archiving, TIERS[2]), (MODELS,))
+    [task] = of("copy", tasks(Held(), held(FULL), held(FULL), policy=policy))
+    assert (task.tier, task.origin) == ("hot", "cold")
+    [task, _] = of("copy", tasks(Held(), held(FULL), policy=policy))
+    assert (task.tier, task.origin) == ("hot", "warm")
+
+
 def test_damage_is_mended_from_where_it_is_whole_and_not_tried_without_end() -> None:
     [task] = of("mend", tasks(held(FULL), held(FULL, hurt={"full": at(NOW - 60)})))
     assert (task.tier, task.origin, task.due_ns) == ("warm", "hot", (NOW - 60 + HOUR) * NS)

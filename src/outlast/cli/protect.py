@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from outlast.records import Snapshot
     from outlast.repo.repository import Repository
     from outlast.repo.thaw_plan import Prices
+    from outlast.store.base import ObjectStore
 
 _FILES_SHOWN = 10
 

@@ -34,9 +34,9 @@ class ProofReport(msgspec.Struct):
 def prove(repository: Repository, snapshots: Sequence[Snapshot], *, trust_seconds: float = 0.0) -> ProofReport:
     """Read the packs that hold what these snapshots need, each once, and commit what was found.
 
-    A pack that the log says was read whole, and right, in the last `trust_seconds` is not read again, and none that is
-    archived; then the snapshot counts as proven since that time. A time to come is of a clock that was ahead, and is
-    not trusted. Damage elsewhere in those packs hurts nobody here, and is noted by pack.
+    A pack that the log says was read whole, and right, in the last `trust_seconds` is not read again; then the snapshot
+    counts as proven since that time. Nor is an archived one that ever was, and that proof stands. A time to come is of
+    a clock that was ahead, and is not trusted. Damage elsewhere in those packs hurts nobody here, and is noted by pack.
     Raises `Unavailable` when the store can't be read: then nothing is noted. Raises `Archived` when packs that nobody
     has ever read lie in archives: what was found of the other snapshots is noted.
     """
@@ -83,7 +83,8 @@ def prove(repository: Repository, snapshots: Sequence[Snapshot], *, trust_second
             report.damaged[snapshot.id] = problem
         elif packs and not packs & unread:
             report.proven.append(snapshot.id)
-            since[snapshot.id] = min((state.verified.get(each, now) for each in packs - read), default=now)
+            trusted = packs - read - repository.archived.keys()
+            since[snapshot.id] = min((state.verified.get(each, now) for each in trusted), default=now)
     for identity, problem in report.damaged.items():
         fields = {"snapshot": identity, "problem": problem}
         repository.sink.event(Event("snapshot.damaged", f"snapshot {identity[:8]} is damaged: {problem}", fields))

@@ -313,20 +313,25 @@ def _proofs_after_damage(facts: Facts) -> Iterator[Task]:
 
 
 def _proofs_before_archiving(facts: Facts) -> Iterator[Task]:
-    """What is archived can't be read any more, so it is proven before; what was proven is archived with it."""
+    """What is archived can't be read any more, so it is proven before; what was proven is archived with it.
+
+    A proof from before it was old enough is none: nothing was moved then.
+    """
     for tier in facts.policy.tiers:
         held = facts.held[tier.name]
         if not tier.archive_class:
             continue
-        old_ns = facts.now_ns - tier.archive_after_seconds * _NS
+        after_ns = tier.archive_after_seconds * _NS
         found = [
             facts.every[each]
             for each in held.snapshots
-            if each not in held.proven and each not in held.hurt and facts.every[each].time_ns <= old_ns
+            if each not in held.hurt
+            and facts.proven_ns(tier.name, each) < facts.every[each].time_ns + after_ns <= facts.now_ns
         ]
         if found:
-            due_ns = _next_midnight_ns(min(each.time_ns for each in found) + tier.archive_after_seconds * _NS)
-            yield _task("prove", due_ns, f"proven, and then moved to {tier.archive_class}", tier.name, found)
+            due_ns = _next_midnight_ns(min(each.time_ns for each in found) + after_ns)
+            task = _task("prove", due_ns, f"proven, and then moved to {tier.archive_class}", tier.name, found)
+            yield msgspec.structs.replace(task, full=True)  # so that it counts from now on
 
 
 def _drops(facts: Facts) -> Iterator[Task]:
