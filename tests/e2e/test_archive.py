@@ -406,11 +406,11 @@ def test_packs_alone_are_created_in_the_class_that_was_asked_for(bucket: Bucket,
 
 
 def test_a_proof_needs_packs_that_were_read_once(bucket: Bucket, tmp_path: Path) -> None:
-    """What was verified before it was archived is proven since then; what a lifecycle rule took earlier is not."""
+    """What was verified before it was archived is proven; what a lifecycle rule took earlier is not."""
     repository = archived(bucket, fill(tmp_path / "data", one=2_500_000))
     [kept] = repository.snapshots()
     assert prove(repository, [kept]).proven == [kept.id]
-    assert repository.state.proven[kept.id] == min(repository.state.verified.values())
+    assert kept.id in repository.state.proven
 
     unread = create(repository, [os.fsencode(fill(tmp_path / "more", two=3_500_000))], name="more")
     readable = create(repository, [os.fsencode(fill(tmp_path / "small", three=1_000))], name="small")
