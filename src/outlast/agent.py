@@ -22,14 +22,16 @@ class Job(Protocol):
     """whether the last step did anything: then the others are asked at once, for it may be work for them"""
 
     def step(self, now_ns: int) -> int:
-        """Do what is due, and tell of failures; return when to be called again, in nanoseconds since the epoch."""
+        """Do something that is due, and tell of failures; return when to be called again, `now_ns` for at once."""
         ...
 
 
 def once(jobs: Sequence[Job], clock: Clock) -> None:
-    """Call each job once, in order: for cron, and for whoever looks on."""
+    """Call each job, in order, until nothing of it is due: for cron, and for whoever looks on."""
     for job in jobs:
-        job.step(clock.now_ns())
+        now_ns = clock.now_ns()
+        while job.step(now_ns) <= now_ns:
+            now_ns = clock.now_ns()
 
 
 class Agent:

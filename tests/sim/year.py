@@ -115,7 +115,9 @@ class Agent:
         try:
             self.next_ns = began_ns + LOOK_SECONDS * NS
             for job in self.jobs:
-                self.next_ns = min(self.next_ns, job.step(self._year.clock.now_ns()))
+                while (again_ns := job.step(self._year.clock.now_ns())) <= self._year.clock.now_ns():
+                    pass
+                self.next_ns = min(self.next_ns, again_ns)
         except Killed:
             self._year.counts["killed"] += 1
             self.next_ns = self._year.clock.now_ns() + self._year.dice.randrange(60, 6 * HOUR) * NS

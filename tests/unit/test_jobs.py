@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from outlast.agent import once
 from outlast.clock import ManualClock
 from outlast.errors import Refused, StoreFull, Unavailable
 from outlast.events import ListSink
@@ -54,8 +55,7 @@ class Team:
             self.clock.sleep(seconds)
             with (self.folder / "w").open("r+b") as file:
                 file.write(os.urandom(1000))
-            for job in self.jobs:
-                job.step(self.clock.now_ns())
+            once(self.jobs, self.clock)
 
     def repository(self, tier: str) -> Repository:
         return self.open(self.stores[tier])

@@ -12,7 +12,7 @@ from outlast.backup.selection import matcher
 from outlast.config.values import BUCKETS, LEVELS, write_duration
 from outlast.repo.thaw_plan import TIERS as WAYS
 from outlast.store.classes import AT_ONCE
-from outlast.tiers.policy import DrillPolicy, Policy, Source, Tier, intervals
+from outlast.tiers.policy import DAY_SECONDS, DrillPolicy, Policy, Source, Tier, intervals
 
 LEASE_SECONDS_MIN = 10
 
@@ -40,6 +40,8 @@ def judge(policy: Policy, given: frozenset[str]) -> Iterator[Finding]:
     if policy.lease_seconds < LEASE_SECONDS_MIN:
         hint = f"write at least {write_duration(LEASE_SECONDS_MIN)}"
         yield Finding("policies.lease", "is shorter than a slow answer of a bucket", hint)
+    if policy.verified_within_seconds < DAY_SECONDS:
+        yield Finding("policies.verified_within", "is shorter than the day between two drops", "write at least 1 day")
     others = len(policy.tiers) - 1
     if "policies.copies" in given and policy.copies > others:
         problem = f"asks for {policy.copies} other tiers, and there {_are(others)}"

@@ -84,8 +84,6 @@ class Job:
 
     def __init__(self, name: str, is_mine: Callable[[Task], bool], board: Board, places: Places, sink: EventSink):
         self.name = name
-        self.failures = 0
-        """in the last step"""
         self.worked = False
         self._is_mine, self._board, self._places, self._sink = is_mine, board, places, sink
         self._clock: Clock = places.clock
@@ -93,18 +91,15 @@ class Job:
         """task -> how often it failed in a row, and when to try again"""
 
     def step(self, now_ns: int) -> int:
-        """Carry out what is due. Returns when to call again, in nanoseconds since the epoch."""
-        self.failures, self.worked = 0, False
-        tried: set[_Key] = set()
-        while True:
-            mine = [task for task in self._board.plan(now_ns).tasks if self._is_mine(task)]
-            ready = [self._ready_ns(task, now_ns) for task in mine]
-            due = [task for task, at_ns in zip(mine, ready, strict=True) if at_ns <= now_ns and _key(task) not in tried]
-            if not due:
-                return max(now_ns + _NS, min(ready, default=now_ns + 86_400 * _NS))
-            tried.add(_key(due[0]))
-            self._do(due[0], now_ns)
-            now_ns = max(now_ns, self._clock.now_ns())
+        """Carry out one task, if one is due: then it returns `now_ns`. Else when to call again, in ns since the epoch."""
+        self.worked = False
+        mine = [task for task in self._board.plan(now_ns).tasks if self._is_mine(task)]
+        ready = [self._ready_ns(task, now_ns) for task in mine]
+        due = next((task for task, at_ns in zip(mine, ready, strict=True) if at_ns <= now_ns), None)
+        if due is None:
+            return max(now_ns + _NS, min(ready, default=now_ns + 86_400 * _NS))
+        self._do(due, now_ns)
+        return now_ns
 
     def _ready_ns(self, task: Task, now_ns: int) -> int:
         again_ns = self._failed.get(_key(task), (0, 0))[1]
@@ -119,7 +114,6 @@ class Job:
             self._failed[key] = 0, now_ns + self._places.policy.lease_seconds * _NS // 2
             self._tell("job.left", task, f"is left to others: {exc.message}")
         except Exception as exc:  # noqa: BLE001  one that nobody foresaw must not keep the job from its other tasks
-            self.failures += 1
             if isinstance(exc, StoreFull) or (task.kind == "backup" and isinstance(exc, Unavailable)):
                 self._board.note_full(task.tier, now_ns)
             count = self._failed.get(key, (0, 0))[0] + 1
@@ -133,10 +127,9 @@ class Job:
                 what = f"{exc.message} {exc.hint}".rstrip()
             self._tell("job.failed", task, f"failed, and is tried again in {wait} s: {what}")
         else:
-            self._failed.pop(key, None)
+            self._failed[key] = 0, self._clock.now_ns() + _NS  # whatever it came to, it isn't done without a pause
             if done is not None:
                 self.worked = True
-                self.failures += bool(done.problems)
                 self._tell("job.done", task, done.text, problems=list(done.problems))
         self._board.plan(self._clock.now_ns(), fresh=True)
 

@@ -14,6 +14,8 @@ from outlast.store.layers import ThrottledStore
 from outlast.tiers.due import Held
 from outlast.tiers.policy import Policy, Tier
 
+_AWAY_FACTOR = 10
+
 Open = Callable[[ObjectStore], Repository]
 StoreOf = Callable[[Tier], ObjectStore]
 
@@ -25,6 +27,8 @@ class Places:
         self.policy, self.clock = policy, clock
         self._store_of, self._open = store_of, open_repository
         self._opened: dict[tuple[str, bool], Repository] = {}
+        self._away: dict[str, tuple[float, Held]] = {}
+        """tiers that could not be read -> until when, by the monotonic clock, they aren't asked again; what was told"""
 
     def another(self) -> Places:
         """The same tiers, of which nothing is open yet: for another thread."""
@@ -55,6 +59,19 @@ class Places:
         return [self._look(tier.name) for tier in self.policy.tiers]
 
     def _look(self, tier: str) -> Held:
+        """One that took long to say that it can't be read is left alone for ten times as long: others wait for it."""
+        began_seconds = self.clock.monotonic_seconds()
+        until_seconds, held = self._away.pop(tier, (0.0, None))
+        if held is not None and began_seconds < until_seconds:
+            self._away[tier] = until_seconds, held
+            return held
+        held = self._read(tier)
+        if held.problem:
+            ended_seconds = self.clock.monotonic_seconds()
+            self._away[tier] = ended_seconds + _AWAY_FACTOR * (ended_seconds - began_seconds), held
+        return held
+
+    def _read(self, tier: str) -> Held:
         try:
             repository = self.repository(tier)
             repository.refresh()
