@@ -91,7 +91,7 @@ class Job:
         """task -> how often it failed in a row, and when to try again"""
 
     def step(self, now_ns: int) -> int:
-        """Carry out one task, if one is due: then it returns `now_ns`. Else when to call again, in ns since the epoch."""
+        """Carry out one task, if one is due: then it returns `now_ns`. Else when to call again, nanoseconds like it."""
         self.worked = False
         mine = [task for task in self._board.plan(now_ns).tasks if self._is_mine(task)]
         ready = [self._ready_ns(task, now_ns) for task in mine]
