@@ -210,17 +210,15 @@ KILLED = textwrap.dedent(
 MOMENTS = [(1, "after", 10**9), (4, "after", 10**9), (5, "before", 150_000), (5, "after", 150_000), (6, "after", 10**9)]
 
 
-@pytest.mark.parametrize("place", ["disk", "s3"])
 @pytest.mark.parametrize("encrypted", [False, True])
 @pytest.mark.parametrize(("packs", "moment", "commit_bytes"), MOMENTS)
 def test_killed_in_the_middle_it_sends_no_pack_twice(
-    shell: Shell, s3: str, place: str, encrypted: bool, packs: int, moment: str, commit_bytes: int
+    shell: Shell, s3: str, encrypted: bool, packs: int, moment: str, commit_bytes: int
 ) -> None:
-    """Whatever had become durable is used, be it in the log or not."""
+    """Whatever had become durable in the bucket is used, be it in the log or not."""
     shell("init")
     secret = (lambda: PASSPHRASE.encode()) if encrypted else None
-    url = s3 if place == "s3" else str(shell.folder / "copy")
-    target = open_store(url)
+    url, target = s3, open_store(s3)
     Repository.create(target, secret=secret, pack_bytes=50_000)
     made = back_up(shell, 2)
     more = {name: text for name, text in os.environ.items() if name.startswith("AWS_")}

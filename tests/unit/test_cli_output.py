@@ -155,7 +155,9 @@ def every_error() -> list[type[OutlastError]]:
     return found
 
 
-@pytest.mark.parametrize("kind", every_error(), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [each for each in every_error() if "__init__" not in vars(each)], ids=lambda kind: kind.__name__
+)
 def test_every_error_keeps_its_kind_and_code(kind: type[OutlastError]) -> None:
     failure = explain(kind("it broke.", hint="Mend it."))
     assert failure == (kind.kind, "it broke.", "Mend it.", kind.exit_code)

@@ -18,7 +18,12 @@ from outlast.repo.repository import Repository
 
 
 def take_up(repository: Repository) -> None:
-    """Let new work rely on what these packs hold. Raises as `refresh` does."""
+    """Let new work rely on what these packs hold. Raises as `refresh` does.
+
+    Not on a disk: there what a killed process left may be gone after a power cut, and the entry that relies on it not.
+    """
+    if not repository.store.capabilities.durable_when_listed:
+        return
     found = _unnamed(repository)
     if not found:
         return

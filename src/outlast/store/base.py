@@ -55,6 +55,9 @@ class Capabilities(msgspec.Struct, frozen=True):
 
     memory_map: bool = False
     """Objects are local files: `local_path` may be used to map them."""
+    durable_when_listed: bool = False
+    """What is listed survives a power cut, whoever wrote it, and also if they died before they were told so. A disk
+    lists what a killed process left in the page cache."""
     readonly: bool = False
     concurrency: int = 4
     """How many calls at once make sense."""

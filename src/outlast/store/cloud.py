@@ -110,7 +110,7 @@ class CloudStore:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(concurrency=16, pack_class=self._pack_class)
+        return Capabilities(durable_when_listed=True, concurrency=16, pack_class=self._pack_class)
 
     @contextmanager
     def _translated(self, action: str, name: str) -> Iterator[None]:

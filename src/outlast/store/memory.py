@@ -69,7 +69,7 @@ class MemoryStore:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities()
+        return Capabilities(durable_when_listed=True)
 
     def put_if_absent(self, name: str, parts: Sequence[Buffer]) -> None:
         content = b"".join(parts)
