@@ -196,14 +196,17 @@ def plan(policy: Policy, held: Sequence[Held], now_ns: int) -> Plan:
     The same facts, policy and time give the same tasks; a task that was carried out is not in the next plan.
     """
     facts = Facts(policy, held, now_ns)
-    lags, copies = [], []
-    for number in range(len(policy.tiers)):
-        found, lag = _copies(facts, number)
-        copies += found
-        lags.append(lag)
+    lacking = copies(facts)
     proofs = [*_proofs_of_full(facts), *_proofs_after_damage(facts), *_proofs_before_archiving(facts)]
-    tasks = [*_backups(facts), *_mends(facts), *copies, *proofs, *_drops(facts), *_drills(facts)]
-    return Plan(tuple(tasks), tuple(lags))
+    tasks = [
+        *_backups(facts),
+        *_mends(facts),
+        *(task for tasks, _ in lacking for task in tasks),
+        *proofs,
+        *_drops(facts),
+        *_drills(facts),
+    ]
+    return Plan(tuple(tasks), tuple(lag for _, lag in lacking))
 
 
 def _backups(facts: Facts) -> Iterator[Task]:
@@ -242,6 +245,11 @@ def _mends(facts: Facts) -> Iterator[Task]:
             last_ns = max(facts.past_ns(held.hurt[known.snapshot.id]) for known in found)
             due_ns, why = last_ns + MEND_AGAIN_SECONDS * _NS, f"found damaged, and whole in {origin}"
             yield _task("mend", due_ns, why, tier, found, origin=origin)
+
+
+def copies(facts: Facts) -> list[tuple[list[Task], Lag]]:
+    """For each tier what is to be copied to it, and how far it is behind."""
+    return [_copies(facts, number) for number in range(len(facts.policy.tiers))]
 
 
 def _copies(facts: Facts, number: int) -> tuple[list[Task], Lag]:

@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from outlast.repo.state import Drill
-from outlast.tiers.due import Facts, Held, Lag, Series, plan, series, span
+from outlast.tiers.due import Facts, Held, Lag, Series, copies, series, span
 from outlast.tiers.policy import Policy, rpo_seconds
 
 _NS = 10**9
@@ -63,7 +63,7 @@ class Status(msgspec.Struct, frozen=True):
 def status(policy: Policy, held: Sequence[Held], now_ns: int) -> Status:
     """`held`: one for each tier of the policy, in its order."""
     facts = Facts(policy, held, now_ns)
-    lags = plan(policy, held, now_ns).lags
+    lags = [lag for _, lag in copies(facts)]
     times: dict[Series, list[int]] = {("source", source.name): [] for source in policy.sources}
     for known in facts.every.values():
         times.setdefault(series(known.snapshot), []).append(known.time_ns)

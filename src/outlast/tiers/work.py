@@ -114,8 +114,10 @@ def _mend(task: Task, places: Places, repository: Repository) -> Done:
     places.forget(task.tier)
     again = places.repository(task.tier)
     again.log.fence = repository.log.fence
-    report = prove(again, _snapshots(task, again), trust_seconds=places.policy.verified_within_seconds / 2)
-    again.log.fence = None
+    try:
+        report = prove(again, _snapshots(task, again), trust_seconds=places.policy.verified_within_seconds / 2)
+    finally:
+        again.log.fence = None
     if report.damaged:
         # Then what it was to be fetched from isn't whole either, as was believed: another tier's turn is next.
         origin = places.repository(task.origin)
